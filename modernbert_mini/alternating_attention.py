@@ -1,0 +1,153 @@
+"""Which tokens a layer may look at: everywhere, or only at its neighbours.
+
+Chapter 6 builds this module. Sources: Warner et al., "Smarter, Better, Faster, Longer",
+arXiv:2412.13663, section 2.1 (every third layer is global, the others see a window of 128
+tokens); Beltagy et al., "Longformer", arXiv:2004.05150, section 3.1 (sliding windows).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+
+from .attention import Attend, eager_attention, sdpa_attention
+
+LayerType = Literal["full_attention", "sliding_attention"]
+
+
+def layer_pattern(num_layers: int, every_n: int) -> list[LayerType]:
+    """Name the kind of each layer: layer 0 is global, then every ``every_n``-th one."""
+    return ["sliding_attention" if i % every_n else "full_attention" for i in range(num_layers)]
+
+
+def window_mask(length: int, half_window: int, device: torch.device | None = None) -> torch.Tensor:
+    """True where two positions are at most ``half_window`` apart, both ends included.
+
+    Args:
+        length: L.
+        half_window: W; a token sees W neighbours on each side and itself, 2·W + 1 keys.
+        device: where to put the result.
+
+    Returns:
+        (L, L) bool.
+    """
+    position = torch.arange(length, device=device)  # (L,)
+    distance = position[:, None] - position[None, :]  # (L, L)
+    return distance.abs() <= half_window
+
+
+def padded_mask(
+    attention_mask: torch.Tensor | None,
+    length: int,
+    half_window: int | None,
+    device: torch.device | None = None,
+) -> torch.Tensor | None:
+    """The keys each query may see in a padded batch.
+
+    Args:
+        attention_mask: (B, L), nonzero at real tokens, or None where all are real.
+        length: L.
+        half_window: W, or None for a global layer.
+        device: where to put the result.
+
+    Returns:
+        Bool, broadcastable to (B, H, L, L); None where every query sees every key.
+    """
+    mask = None
+    if half_window is not None and half_window < length - 1:
+        mask = window_mask(length, half_window, device)  # (L, L)
+    if attention_mask is not None:
+        real = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, L)
+        mask = real.expand(-1, -1, length, -1) if mask is None else mask & real  # (B, 1, L, L)
+    return mask
+
+
+def packed_mask(cu_seqlens: torch.Tensor, half_window: int | None) -> torch.Tensor:
+    """The keys each query may see in a packed stream: those of its own sequence.
+
+    Args:
+        cu_seqlens: (S + 1,) integers from 0 to N: where each sequence starts, and the end.
+        half_window: W, or None for a global layer.
+
+    Returns:
+        (N, N) bool. It grows with N², so only the teaching backend uses it.
+    """
+    lengths = cu_seqlens.diff()  # (S,)
+    sequence = torch.arange(len(lengths), device=cu_seqlens.device)  # (S,)
+    sequence = sequence.repeat_interleave(lengths)  # (N,)
+    mask = sequence[:, None] == sequence[None, :]  # (N, N)
+    if half_window is not None:
+        mask = mask & window_mask(len(sequence), half_window, cu_seqlens.device)
+    return mask
+
+
+def packed_sdpa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    lengths: list[int],
+    half_window: int | None,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, None]:
+    """Attention over a packed stream, one sequence after the other.
+
+    Args:
+        q, k, v: (H, N, D).
+        lengths: of the S sequences; they sum to N.
+        half_window: W, or None for a global layer.
+        dropout: probability of dropping a weight.
+
+    Returns:
+        The mixed values (H, N, D), and None for the weights.
+    """
+    # Sequences of one length share a mask; a batch of texts has far fewer lengths than texts.
+    masks = {n: padded_mask(None, n, half_window, q.device) for n in set(lengths)}
+    # One split and one concatenation: slicing instead would make the backward pass write a
+    # gradient of the whole stream for every sequence.
+    parts = zip(*(x[None].split(lengths, dim=-2) for x in (q, k, v)), strict=True)
+    out = [
+        sdpa_attention(*qkv, mask=masks[n], dropout=dropout)[0]
+        for qkv, n in zip(parts, lengths, strict=True)
+    ]
+    return torch.cat(out, dim=-2)[0], None
+
+
+def padded_backends(
+    implementation: str,
+    attention_mask: torch.Tensor | None,
+    length: int,
+    half_windows: dict[str, int | None],
+    device: torch.device,
+) -> dict[str, Attend]:
+    """One backend for each kind of layer, with the batch's mask bound to it.
+
+    Args:
+        implementation: "eager" or "sdpa".
+        attention_mask: (B, L) or None.
+        length: L.
+        half_windows: W for each kind of layer, None where it sees everything.
+        device: where the batch is.
+    """
+    attend: Callable = {"eager": eager_attention, "sdpa": sdpa_attention}[implementation]
+    return {
+        kind: partial(attend, mask=padded_mask(attention_mask, length, half_window, device))
+        for kind, half_window in half_windows.items()
+    }
+
+
+def packed_backends(
+    implementation: str, cu_seqlens: torch.Tensor, half_windows: dict[str, int | None]
+) -> dict[str, Attend]:
+    """The same for a packed stream with boundaries ``cu_seqlens`` (S + 1,)."""
+    if implementation == "eager":
+        return {
+            kind: partial(eager_attention, mask=packed_mask(cu_seqlens, half_window))
+            for kind, half_window in half_windows.items()
+        }
+    lengths = cu_seqlens.diff().tolist()
+    return {
+        kind: partial(packed_sdpa_attention, lengths=lengths, half_window=half_window)
+        for kind, half_window in half_windows.items()
+    }
