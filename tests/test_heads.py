@@ -79,6 +79,19 @@ def test_problem_type_overrules_the_labels():
     torch.testing.assert_close(out.loss, F.mse_loss(out.logits, labels))
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_traces_to_one_graph(name):
+    model = build(name)
+    batch = batch_for(name, lengths=(33, 20))
+    labels = make_labels(name, batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for mine, theirs in zip(
+        scores(compiled(**batch, **labels)), scores(model(**batch)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
 # ---- packed equals padded
 
 

@@ -1,0 +1,55 @@
+# Two commands do everything: `make book` and `make test`. Both set up first; neither needs
+# anything but Python 3.11+, make and pip's package index.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+STAMP := $(VENV)/.installed
+HTML := _build/html/index.html
+
+# Chapters that show published weights skip the download unless it is asked for:
+# `make book HF_HUB_OFFLINE=0`.
+export HF_HUB_OFFLINE ?= 1
+# Two workers with one thread each, rather than two that fight over every core.
+test: export OMP_NUM_THREADS = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help book test lint sync address costs clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+# torch goes first: what installs after it then finds it there and asks for no other build.
+$(STAMP): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c .ci/constraints.txt torch
+	$(PIP) -c .ci/constraints.txt -e '.[test]'
+	@touch $@
+
+book: $(STAMP)  ## execute every chapter and build the HTML, warnings as errors
+	rm -rf _build
+	$(BIN)/jupyter-book build . -W --keep-going -n
+	@echo "The book is at file://$(CURDIR)/$(HTML)"
+
+lint: $(STAMP)  ## ruff and codespell, the fast part of `make test`
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell book notebooks modernbert_mini tests *.md *.toml *.yml Makefile .github
+
+test: lint  ## everything CI runs: lint, unit, parity, every notebook, the book, the docs
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 --nbmake --nbmake-timeout=300 --nbmake-kernel=python3 tests notebooks
+
+sync: $(STAMP)  ## rewrite the `package` cells of the notebooks from the package
+	$(BIN)/python tests/tools/sync.py
+
+address: $(STAMP)  ## set the repository's address: make address URL=https://github.com/you/repo
+	$(BIN)/python tests/tools/address.py $(URL)
+
+costs: $(STAMP)  ## run every chapter alone and record what it costs
+	$(BIN)/python tests/tools/costs.py
+
+clean:  ## remove what the builds made, the environment too
+	rm -rf $(VENV) _build .pytest_cache .ruff_cache build *.egg-info
+	find modernbert_mini tests notebooks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,54 @@
+"""What `_config.yml` cannot say without saying it twice, and the tables that a build generates."""
+
+import json
+import re
+from pathlib import Path
+
+from sphinx.application import Sphinx
+from sphinx.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def settle(app: Sphinx, config: Config) -> None:
+    """Adjust what Jupyter Book derived, keeping the rest of its options."""
+    # The theme would show a second search bar above the page.
+    config.html_theme_options["navbar_persistent"] = []
+    config.html_theme_options["home_page_in_toc"] = True
+    config.html_context["default_mode"] = "auto"
+    # No chapter shows a widget that needs a running kernel, and these scripts live on a CDN.
+    config.nb_ipywidgets_js = {}
+
+
+def write_costs(app: Sphinx) -> None:
+    """Write the table of what each chapter costs from the recorded measurements."""
+    recorded = ROOT / "modernbert_mini" / "recorded" / "costs.json"
+    costs = json.loads(recorded.read_text()) if recorded.is_file() else {}
+    rows = [
+        "| chapter | seconds | peak memory (MB) | fetched (MB) | measured |",
+        "|---|--:|--:|--:|---|",
+    ]
+    rows += [
+        f"| `{name}` | {c['seconds']:.0f} | {c['peak_ram_mb']:,.0f} MB "
+        f"| {c['fetched_mb']:.0f} MB | {c['date']}, {c['cpu']} |"
+        for name, c in sorted(costs.items())
+    ]
+    folder = ROOT / "book" / "_generated"
+    folder.mkdir(exist_ok=True)
+    (folder / "costs.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def spare_prose(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]):
+    """Keep napoleon, which runs next, from reading prose as markup."""
+    # "(*positions.shape, D)" starts no italics.
+    lines[:] = [re.sub(r"(?<=[(, ])\*(?=\w)", r"\\*", line) for line in lines]
+    # What stands before a colon in a property's first line is no type.
+    if what == "property":
+        lines[:0] = ["..", ""]  # an empty comment
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("config-inited", settle)
+    app.connect("builder-inited", write_costs)
+    app.connect("autodoc-process-docstring", spare_prose, priority=400)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
