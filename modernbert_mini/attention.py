@@ -47,7 +47,7 @@ def eager_attention(
         # only padding can be, then gets a plain mean and not NaN.
         lowest = torch.finfo(scores.dtype).min
         scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, lowest)
-    # In half precision, a sum of thousands of exponentials loses the small ones.
+    # Summed in half precision, thousands of small exponentials would vanish one by one.
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
     weights = F.dropout(weights, p=dropout, training=dropout > 0)
     return weights @ v, weights

@@ -51,6 +51,16 @@ def test_packed_equals_padded(model, name):
         torch.testing.assert_close(ours, theirs[real], atol=1e-5, rtol=0)
 
 
+def test_positions_restart_in_a_packed_stream(model):
+    # Distances alone would not show it, but far into a long stream float32 angles are coarse.
+    x = torch.zeros(7, 48)
+    stream = model._rotary_tables(x, None, torch.tensor([0, 3, 7]))
+    alone = [model._rotary_tables(x[:length], None, None) for length in (3, 4)]
+    for kind, tables in stream.items():
+        for table, *parts in zip(tables, *(a[kind] for a in alone), strict=True):
+            assert torch.equal(table, torch.cat(parts))
+
+
 def test_only_distances_between_positions_matter(model):
     ids = make_batch((50,))["input_ids"]
     shifted = model(ids, position_ids=torch.arange(100, 150)).last_hidden_state
