@@ -24,6 +24,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .config import ConfigError, ModernBertConfig
 
@@ -625,7 +626,7 @@ class PretrainedModel(nn.Module):
         source = Source(name_or_path, revision)
         config = ModernBertConfig.from_file(source.require(CONFIG))
         config = config.with_overrides(**config_overrides)
-        with torch.device("meta"):  # shapes without memory
+        with torch.device("meta"), SkipInit():  # shapes without memory or starting values
             model = cls(config, attn_implementation=attn_implementation)
         weights = Weights(weight_files(source))
         new_task = bool({"num_labels", "id2label"} & set(config_overrides))
@@ -666,6 +667,19 @@ class PretrainedModel(nn.Module):
         with replacing(folder) as staging:
             write_json(staging / CONFIG, config)
             write_weights(staging, tensors, limit)
+
+
+class SkipInit(TorchFunctionMode):
+    """Leave out torch's own starting values while modules are built.
+
+    A checkpoint replaces them anyway, and drawing even meta tensors imports torch's compiler,
+    which takes seconds.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def fill(

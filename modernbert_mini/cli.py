@@ -234,8 +234,7 @@ def run_pretrain(options: argparse.Namespace) -> None:
     """``pretrain``: carry out the recipe in a file and save the model."""
     from pathlib import Path
 
-    from .pretraining import PretrainingConfig, pretrain, process_rank
-    from .tokenizer import Tokenizer
+    from .pretraining import PretrainingConfig, export, pretrain, process_rank
 
     try:
         config = PretrainingConfig.from_toml(options.config)
@@ -247,8 +246,7 @@ def run_pretrain(options: argparse.Namespace) -> None:
         print(f"log: {folder / 'log.jsonl'}", flush=True)
     run = pretrain(config)
     if is_first:
-        run.model.save_pretrained(folder / "model")
-        Tokenizer.from_pretrained(folder / "tokenizer").save_pretrained(folder / "model")
+        export(folder, folder / "model")
         print(f"{run.tokens:,} tokens seen; model: {folder / 'model'}")
 
 

@@ -243,6 +243,8 @@ def init_parameter(name: str, parameter: torch.Tensor, config: ModernBertConfig)
         config: states the standard deviations.
     """
     *_, module, kind = name.split(".")
+    if parameter.is_meta:  # a shape without memory, soon to be filled from a checkpoint
+        return
     if kind == "bias":
         parameter.zero_()
     elif module.endswith("norm"):
@@ -329,7 +331,7 @@ def check_inputs(
         longest = _check_cu_seqlens(cu_seqlens, shape[0])
     if longest > config.max_position_embeddings:
         warnings.warn(
-            f"{longest} tokens in a sequence; this model was trained on at most "
+            f"{longest} tokens in a sequence; the config states at most "
             f"{config.max_position_embeddings}. The output may be poor: truncate the text.",
             stacklevel=3,
         )

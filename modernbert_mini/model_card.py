@@ -64,7 +64,7 @@ def summarise(log: list[dict]) -> dict[str, Any]:
         "machine": starts[-1]["machine"],
         "finished": any(line["event"] == "end" for line in log),
         "started": starts[0]["time"],
-        "ended": last["time"],
+        "ended": train[-1]["time"],
         "steps": last["step"],
         "tokens": last["tokens"],
         "training_seconds": last["seconds"],
@@ -246,7 +246,8 @@ def recipe_lines(facts: dict[str, Any]) -> list[str]:
         f"{recipe['clip_norm']:g}.",
         f"- Learning rate: linear to {recipe['peak_lr']:g} over {recipe['warmup_tokens'] / 1e6:g} "
         f"million tokens, constant to {start / 1e6:.1f} million, then 1 - sqrt down to 0.",
-        f"- Seed {recipe['seed']}.",
+        f"- Seed {recipe['seed']}. `training.json` has every setting under `recipe`: "
+        "`pretrain(PretrainingConfig(folder=..., **recipe))` trains it again.",
     ]
 
 

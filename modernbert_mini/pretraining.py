@@ -609,7 +609,7 @@ def pretrain(config: PretrainingConfig) -> Run:
     log.write("start", **describe_run(run, training_data, held_out))
     while not run.finished:
         values = run.step()
-        if run.steps % config.log_every == 0:
+        if run.steps % config.log_every == 0 or run.finished:
             log.write("train", **progress(run), **values)
         if run.steps % config.evaluate_every == 0:
             log_evaluation(log, run, held_out)
@@ -639,9 +639,14 @@ def held_out_batches(config: PretrainingConfig, training_data: TrainingData) -> 
 
 
 def log_evaluation(log: Log, run: Run, held_out: dict[str, list]) -> None:
-    """Score every corpus apart and all of them together."""
+    """Write down how the run does on held-out text."""
+    log.write("evaluation", **score(run, held_out))
+
+
+def score(run: Run, held_out: dict[str, list]) -> dict:
+    """Where the run stands, and its scores on every corpus apart and on all of them together."""
     scores = {name: evaluate(run.model, batches) for name, batches in held_out.items()}
-    log.write("evaluation", **progress(run), held_out=scores | {"all": pooled(scores)})
+    return progress(run) | {"held_out": scores | {"all": pooled(scores)}}
 
 
 def pooled(scores: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -705,9 +710,14 @@ class Log:
 
     def write(self, event: str, **values: object) -> None:
         """Append one line."""
-        line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        line = {"event": event, "time": utc_now()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | values) + "\n")
+
+
+def utc_now() -> str:
+    """The time, as the log writes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def save_checkpoint(run: Run, path: Path) -> None:
@@ -735,20 +745,24 @@ def export(folder: str | os.PathLike, target: str | os.PathLike) -> None:
         target: gets what ``from_pretrained`` and ``transformers`` read, README.md, training.json
             and loss.png.
 
-    Every number of the card is the run's own, from its log. Chapter 12.
+    Every number of the card is the run's own: from its log up to the checkpoint, and from scoring
+    the exported weights once more. Chapter 12.
     """
     from .model_card import write_card
 
     folder = Path(folder)
-    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
-    config = PretrainingConfig(**read_log(folder)[0]["config"])
-    model = ModernBertForMaskedLM(model_config(config, tokenizer))
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    model.load_state_dict(state["model"])
-    model.config.sparse_prediction = False  # who loads it wants every logit
-    model.eval().save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    write_card(read_log(folder), model, tokenizer, Path(target))
+    log = read_log(folder)
+    config = PretrainingConfig(**log[0]["config"] | {"folder": str(folder)})
+    training_data = prepare_data(config)
+    run = Run(config, training_data)
+    run.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True))
+    log = [line for line in log if line.get("step", 0) <= run.steps]
+    log.append({"event": "evaluation", "time": utc_now()})
+    log[-1] |= score(run, held_out_batches(config, training_data))
+    run.model.config.sparse_prediction = False  # who loads it wants every logit
+    run.model.eval().save_pretrained(target)
+    training_data.tokenizer.save_pretrained(target)
+    write_card(log, run.model, training_data.tokenizer, Path(target))
 
 
 def read_log(folder: str | os.PathLike) -> list[dict]:

@@ -45,9 +45,10 @@ def own_files() -> list[Path]:
 # ---- nothing of a machine, no strange host ----
 
 LOCAL_PATH = re.compile(
-    r"(?<![\w.~-])/(?:work|root|home|opt|tmp|Users|mnt|srv)/|file:///\w|[A-Z]:\\\\"
+    r"(?<![\w.~-])/(?:work|root|home|opt|tmp|Users|mnt|srv)/|file:///\w|[A-Z]:\\+Users"
 )
 KNOWN_HOSTS = {
+    "127.0.0.1",
     "arxiv.org",
     "aclanthology.org",
     "colab.research.google.com",

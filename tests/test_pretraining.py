@@ -422,6 +422,22 @@ def test_an_exported_run_loads_and_its_card_agrees_with_the_log(config, tmp_path
         assert str(tmp_path) not in text and os.sep + "usr" not in text
 
 
+def test_a_card_written_while_training_goes_on_describes_the_checkpoint(config, tmp_path):
+    pretraining.pretrain(config)
+    path = Path(config.folder) / "log.jsonl"
+    lines = [line for line in pretraining.read_log(config.folder) if line["event"] != "end"]
+    for line in lines:  # the log is ahead: three steps more, with scores that are not these
+        if line["event"] == "evaluation":
+            line |= {"step": line["step"] + 3}
+            line["held_out"]["all"]["loss"] = 99
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pretraining.export(config.folder, tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert facts["held_out"]["all"]["loss"] < 10
+    assert not facts["finished"]
+    assert "intermediate" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_card_counts_a_repeated_step_once():
     recipe = {"folder": "/x", "seed": 0}
     start = {"event": "start", "config": recipe, "time": "2026-01-01T00:00:00Z"}
