@@ -224,7 +224,7 @@ intermediate_size = 16
 num_hidden_layers = 2
 num_attention_heads = 2
 local_attention = 8
-max_position_embeddings = 32
+max_position_embeddings = 128
 """
 
 
