@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _EXPORTS = {
-    "CheckpointError": "checkpoints",
+    "CheckpointError": "sources",
     "ConfigError": "config",
     "FillMask": "fill_mask",
     "MaskingCollator": "pretraining",
@@ -25,6 +25,7 @@ _EXPORTS = {
 }
 _MODULES = {
     "alternating_attention",
+    "atomic",
     "attention",
     "checkpoints",
     "checks",
@@ -39,6 +40,7 @@ _MODULES = {
     "plots",
     "pretraining",
     "rope",
+    "sources",
     "tokenizer",
 }
 

@@ -7,18 +7,13 @@ Sources: the safetensors format, https://github.com/huggingface/safetensors#form
 of answerdotai/ModernBERT-base.
 """
 
-import ctypes
 import json
 import os
 import pickle
 import re
-import secrets
 import shutil
-import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from importlib import resources
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,14 +21,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .atomic import CONFIG, INDEX, WEIGHTS, replacing
 from .config import ConfigError, ModernBertConfig
+from .sources import DOWNLOAD_AGAIN, CheckpointError, Source, few
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # The first of these that a checkpoint has is read.
 WEIGHT_FILES = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -50,214 +41,7 @@ NAME_MAP = {
 }
 EMBEDDING = "model.embeddings.tok_embeddings.weight"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HUB_SECONDS = 2  # to wait for the Hub's first answer, unless HF_HUB_ETAG_TIMEOUT says otherwise
 LARGEST_HEADER = 100_000_000  # bytes; safetensors refuses more as well
-DOWNLOAD_AGAIN = "Download the file again."
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be had, or cannot be trusted.
-
-    Attributes:
-        file: the file, folder or Hub repository at fault.
-        found: what is wrong with it.
-        expected: what would be right.
-        remedy: what to do.
-    """
-
-    def __init__(self, file: Path | str, found: str, expected: str, remedy: str):
-        self.file, self.found, self.expected, self.remedy = str(file), found, expected, remedy
-        super().__init__(self.file, found, expected, remedy)
-
-    def __str__(self) -> str:
-        return f"{self.file}: found {self.found}; expected {self.expected}. {self.remedy}"
-
-
-# --- Finding the files ------------------------------------------------------------------------
-
-
-class Source:
-    """Where the files of one checkpoint come from: a folder, the package, or the Hub.
-
-    Args:
-        name_or_path: "mini" (the embedded checkpoint), a folder, or a Hub id like "owner/name".
-        revision: branch, tag or commit of a Hub repository; by default "main".
-
-    Raises:
-        CheckpointError: for a path that is no folder.
-    """
-
-    def __init__(self, name_or_path: str | os.PathLike, revision: str | None = None):
-        self.name, self.revision = str(name_or_path), revision
-        self.folder = find_folder(name_or_path)
-
-    def find(self, filename: str) -> Path | None:
-        """Return where ``filename`` lies on disk, downloading it if need be; None if absent."""
-        if self.folder is None:
-            path = hub_file(self.name, filename, self.revision)
-            if path is not None:
-                # snapshots/<commit>/<file>: the other files have to be of the same commit.
-                self.revision = path.parents[filename.count("/")].name
-        else:
-            path = self.folder / filename
-            path = path if path.is_file() else None
-        if path is not None:
-            refuse_stand_in(path)
-        return path
-
-    def require(self, *filenames: str) -> Path:
-        """Return the first of ``filenames`` that is there.
-
-        Raises:
-            CheckpointError: where none is.
-        """
-        for filename in filenames:
-            if path := self.find(filename):
-                return path
-        raise CheckpointError(
-            self.folder / filenames[0] if self.folder else f"{self.name}/{filenames[0]}",
-            "no such file" + (self._instead() if self.folder else " in this repository"),
-            " or ".join(filenames),
-            "Check the name: a checkpoint holds config.json, tokenizer.json and model.safetensors.",
-        )
-
-    def _instead(self) -> str:
-        """What the folder holds in place of the file that is missing."""
-        if left := leftovers(self.folder):
-            return f", but an interrupted save, whose new files lie in {left[0]}: move them up"
-        names = sorted(entry.name for entry in self.folder.iterdir())
-        return f" in a folder that holds {few(names)}" if names else " in an empty folder"
-
-
-def resolve_file(
-    name_or_path: str | os.PathLike, filename: str, revision: str | None = None
-) -> Path:
-    """Return where one file of a checkpoint lies on disk, downloading it if need be.
-
-    Args:
-        name_or_path: "mini", a folder, or a Hub id.
-        filename: a name like "tokenizer.json".
-        revision: branch, tag or commit of a Hub repository.
-
-    Raises:
-        CheckpointError: where it cannot be had. Chapter 11.
-    """
-    return Source(name_or_path, revision).require(filename)
-
-
-def find_folder(name_or_path: str | os.PathLike) -> Path | None:
-    """Return the folder that a name stands for; None where it is a Hub id.
-
-    Raises:
-        CheckpointError: for a file, and for a path that does not exist and is no Hub id either.
-    """
-    if name_or_path == "mini":
-        return Path(str(resources.files(__package__) / "mini"))
-    path = Path(os.path.expanduser(name_or_path))
-    if path.is_dir():
-        return path
-    if path.exists():
-        remedy = f"Pass its folder: {str(path.parent)!r}."
-        raise CheckpointError(path, "a file", "the folder of a checkpoint", remedy)
-    if isinstance(name_or_path, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_path):
-        return None
-    remedy = 'Check the path, or use the embedded checkpoint "mini".'
-    raise CheckpointError(path, "no such folder", "a folder, a Hub id or 'mini'", remedy)
-
-
-def hub_file(repo: str, filename: str, revision: str | None = None) -> Path | None:
-    """Return a Hub file's place in the local cache, downloading it if need be.
-
-    Returns None where the repository is there but has no such file.
-
-    Raises:
-        CheckpointError: where neither the Hub nor the cache has the answer.
-    """
-    import huggingface_hub as hub
-    from huggingface_hub import constants, errors
-
-    try:
-        cached = hub.try_to_load_from_cache(repo, filename, revision=revision)
-    except errors.HFValidationError as error:
-        remedy = 'Check the path, or use the embedded checkpoint "mini".'
-        raise CheckpointError(repo, "no such folder", f"a folder, or: {error}", remedy) from error
-    if cached is not None and re.fullmatch("[0-9a-f]{40}", revision or ""):
-        return Path(cached) if isinstance(cached, str) else None  # a commit never changes
-    if trouble := hub_trouble(repo, filename, revision):
-        if isinstance(cached, str):
-            return Path(cached)
-        if cached is not None:  # known from before to be absent
-            return None
-        raise CheckpointError(
-            f"{repo}/{filename}",
-            f"the Hub out of reach ({trouble}), no copy in the cache {constants.HF_HUB_CACHE}, "
-            "and no folder of this name",
-            "a connection to the Hugging Face Hub, or the files on disk",
-            'Use the embedded checkpoint "mini", pass the folder of a downloaded checkpoint, or '
-            "connect once to fill the cache (HF_HUB_ETAG_TIMEOUT sets how many seconds to wait).",
-        )
-    try:
-        return Path(hub.hf_hub_download(repo, filename, revision=revision))
-    except (errors.HfHubHTTPError, errors.EntryNotFoundError, OSError) as error:
-        absent = isinstance(error, errors.EntryNotFoundError)
-        if absent and not isinstance(error, errors.LocalEntryNotFoundError):
-            return None
-        what = {
-            errors.GatedRepoError: "a repository that asks for consent first",
-            errors.RepositoryNotFoundError: "no such public repository, and no folder of this name",
-            errors.RevisionNotFoundError: f"no revision {revision!r}",
-        }.get(type(error), str(error).splitlines()[0])
-        raise CheckpointError(
-            f"{repo}/{filename}",
-            what,
-            "a folder, 'mini', or a model that this machine may read",
-            f"Check the name on {constants.ENDPOINT}; `hf auth login` opens private models.",
-        ) from error
-
-
-def hub_trouble(repo: str, filename: str, revision: str | None) -> str | None:
-    """Ask the Hub once, quickly, for a file's header; return what went wrong, None if it answers.
-
-    ``hf_hub_download`` alone retries for half a minute before it gives up on a first download.
-    """
-    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
-
-    set_by_user = constants.HF_HUB_ETAG_TIMEOUT != constants.DEFAULT_ETAG_TIMEOUT
-    seconds = constants.HF_HUB_ETAG_TIMEOUT if set_by_user else HUB_SECONDS
-    url = hf_hub_url(repo, filename, revision=revision)
-    try:
-        answer = get_hf_file_metadata(url, timeout=seconds)
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        return f"it answers {status}" if status >= 500 else None
-    except errors.OfflineModeIsEnabled:
-        return "HF_HUB_OFFLINE is set"
-    except Exception as error:  # httpx's, requests' or the system's, depending on versions
-        return f"{constants.ENDPOINT}: {str(error) or type(error).__name__}"
-    return None if answer.commit_hash else f"{constants.ENDPOINT} does not answer like the Hub"
-
-
-def refuse_stand_in(path: Path) -> None:
-    """Refuse what failed downloads leave in a file's place.
-
-    Raises:
-        CheckpointError: for a Git LFS pointer, an HTML page, an empty or unreadable file.
-    """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(256).lstrip()
-    except OSError as error:
-        remedy = "Check its permissions."
-        raise CheckpointError(path, f"no way to read it ({error})", "a file", remedy) from error
-    if start.startswith(b"version https://git-lfs.github.com"):
-        found, remedy = "a Git LFS pointer", "Run `git lfs pull` in the folder that was cloned."
-    elif start[:9].lower() == b"<!doctype" or start[:5].lower() == b"<html":
-        found, remedy = "an HTML page", "Use the Hub's download link (/resolve/, not /blob/)."
-    elif not start:
-        found, remedy = "an empty file", DOWNLOAD_AGAIN
-    else:
-        return
-    raise CheckpointError(path, found, "the file itself", remedy)
 
 
 # --- Reading weights --------------------------------------------------------------------------
@@ -558,12 +342,6 @@ def pair_weights(
     return found, missing, unused
 
 
-def few(names: list[str], most: int = 4) -> str:
-    """List some names and the number of the others."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
-
-
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Read a dtype by name; None and "auto" mean: as stored.
 
@@ -657,6 +435,8 @@ class PretrainedModel(nn.Module):
             ValueError: for a size that cannot be read. Chapter 11.
         """
         limit = parse_size(max_shard_size)
+        if os.path.isfile(os.path.expanduser(folder)):
+            raise CheckpointError(folder, "a file", "a folder to save into", "Choose another name.")
         # A tied decoder is the same parameter as the embedding, so it is listed once.
         tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
         dtype = next(iter(tensors.values())).dtype
@@ -744,189 +524,3 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor], limit: int) ->
         weight_map = {name: file for file, shard in pairs for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-@contextmanager
-def replacing(folder: str | os.PathLike) -> Iterator[Path]:
-    """Give an empty folder for a new checkpoint, which takes the old one's place at the end.
-
-    What makes it safe: everything is written and synced to disk beside ``folder`` first. Then one
-    system call makes the change: a rename where ``folder`` is new or only the weights differ, else
-    an exchange of the two folders (Linux, macOS). Where the system knows no exchange of folders,
-    files move one by one while ``config.json`` is absent: a process killed in those milliseconds
-    leaves a folder that does not load, and whose error message says where the files are.
-
-    What a killed process leaves is cleared by the next save.
-
-    Raises:
-        CheckpointError: where ``folder`` is a file.
-    """
-    folder = Path(os.path.realpath(os.path.expanduser(folder)))
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(folder, "a file", "a folder to save into", "Choose another name.")
-    staging = make_staging(folder)
-    lock = try_lock(staging)
-    try:
-        yield staging
-        for path in (*staging.iterdir(), staging):
-            sync(path)
-        install(staging, folder)
-    except BaseException:
-        if not (staging / "old").exists():  # else ``move_files`` was stopped half-way
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
-    else:
-        shutil.rmtree(staging, ignore_errors=True)  # after an exchange it holds the old files
-        clear_leftovers(folder)
-    finally:
-        if lock:
-            os.close(lock)
-
-
-def make_staging(folder: Path) -> Path:
-    """Make a folder to write into: beside ``folder``, or in it where that is not allowed."""
-    name = f".{folder.name}.saving-{secrets.token_hex(4)}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        staging = folder.parent / name
-        staging.mkdir()
-    except OSError:
-        staging = folder / name
-        staging.mkdir()
-    if folder.exists():
-        shutil.copymode(folder, staging)
-    return staging
-
-
-def leftovers(folder: Path) -> list[Path]:
-    """List the staging folders of other saves into ``folder``, running or killed."""
-    prefix = f".{folder.name}.saving-"
-    places = (place for place in (folder.parent, folder) if place.is_dir())
-    return [path for place in places for path in place.iterdir() if path.name.startswith(prefix)]
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Remove the staging folders of killed saves; where locks are unknown (Windows), none."""
-    for path in leftovers(folder):
-        if lock := try_lock(path):
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(lock)
-
-
-def try_lock(folder: Path) -> int | None:
-    """Lock a folder for as long as this process lives; None where another holds the lock."""
-    if fcntl is None:
-        return None
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file or a folder's entries to the disk, where it can."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def is_checkpoint_file(name: str) -> bool:
-    """Whether a save replaces the file of this name."""
-    return name in (CONFIG, WEIGHTS, INDEX) or bool(
-        re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name)
-    )
-
-
-def install(staging: Path, folder: Path) -> None:
-    """Put the files of ``staging`` in the place of the checkpoint in ``folder``."""
-    if not folder.exists():
-        os.rename(staging, folder)
-        sync(folder.parent)
-        return
-    new = sorted(path.name for path in staging.iterdir())
-    old = sorted(path.name for path in folder.iterdir() if is_checkpoint_file(path.name))
-    if new == old == [CONFIG, WEIGHTS] and same_bytes(staging / CONFIG, folder / CONFIG):
-        os.replace(staging / WEIGHTS, folder / WEIGHTS)
-    else:
-        try:
-            if staging.parent == folder:
-                raise OSError("a folder cannot change places with one inside it")
-            link_others(folder, staging)
-            exchange(staging, folder)
-        except OSError:
-            move_files(staging, folder, new, old)
-    sync(folder)
-    sync(folder.parent)
-
-
-def same_bytes(a: Path, b: Path) -> bool:
-    """Whether two small files are equal."""
-    return a.read_bytes() == b.read_bytes()
-
-
-def link_others(folder: Path, staging: Path) -> None:
-    """Give ``staging`` every file of ``folder`` that is not replaced, by hard link or copy."""
-    ours = leftovers(folder)
-
-    def link(source: str, target: str) -> None:
-        try:
-            os.link(source, target, follow_symlinks=False)
-        except OSError:
-            shutil.copy2(source, target, follow_symlinks=False)
-
-    for path in folder.iterdir():
-        if path in ours or is_checkpoint_file(path.name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, staging / path.name, symlinks=True, copy_function=link)
-        else:
-            link(path, staging / path.name)
-
-
-def exchange(a: Path, b: Path) -> None:
-    """Let two folders change places in one step.
-
-    Raises:
-        OSError: where the system or the file system cannot.
-    """
-    here = Path.cwd()
-    name = {"linux": "renameat2", "darwin": "renamex_np"}.get(sys.platform)
-    swap = getattr(ctypes.CDLL(None, use_errno=True), name, None) if name else None
-    if swap is None:
-        raise OSError("this system knows no exchange of folders")
-    if name == "renameat2":
-        failed = swap(-100, bytes(a), -100, bytes(b), 2)  # AT_FDCWD twice, RENAME_EXCHANGE
-    else:
-        failed = swap(bytes(a), bytes(b), 2)  # RENAME_SWAP
-    if failed:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(a))
-    if here.is_relative_to(b):
-        os.chdir(here)  # into the new folder of that name
-
-
-def move_files(staging: Path, folder: Path, new: list[str], old: list[str]) -> None:
-    """Replace files one by one; ``config.json`` leaves first and comes last, so none can mix."""
-    away = staging / "old"
-    away.mkdir()
-    gone = []
-    try:
-        for name in sorted(old, key=CONFIG.__ne__):
-            os.replace(folder / name, away / name)
-            gone.append(name)
-    except OSError:
-        for name in reversed(gone):
-            os.replace(away / name, folder / name)
-        away.rmdir()
-        raise
-    for name in sorted(new, key=CONFIG.__eq__):
-        os.replace(staging / name, folder / name)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 
 if TYPE_CHECKING:
-    from .checkpoints import Source
     from .config import ModernBertConfig
+    from .sources import Source
 
 PROGRAM = "modernbert-mini"
 MODEL_HELP = 'the embedded checkpoint "mini" (default), a folder, or a Hub id such as \
@@ -146,9 +146,9 @@ def run_fill_mask(options: argparse.Namespace) -> None:
     texts = read_texts(options.text)
     import torch
 
-    from .checkpoints import Source
     from .fill_mask import FillMask
     from .heads import ModernBertForMaskedLM
+    from .sources import Source
     from .tokenizer import Tokenizer
 
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
@@ -187,8 +187,8 @@ def run_fill_mask(options: argparse.Namespace) -> None:
 
 def run_inspect(options: argparse.Namespace) -> None:
     """``inspect``: print what a checkpoint is made of."""
-    from .checkpoints import Source
     from .config import ModernBertConfig
+    from .sources import Source
 
     source = Source(options.model, options.revision)
     config = ModernBertConfig.from_file(source.require("config.json"))

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints import DOWNLOAD_AGAIN, CheckpointError, Source
+from .sources import DOWNLOAD_AGAIN, CheckpointError, Source
 
 if TYPE_CHECKING:
     import tokenizers
@@ -126,11 +126,8 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.no_padding()
         self.backend.no_truncation()
-        added = added_tokens(self.backend)
         roles = {role: getattr(self, role) for role in ROLES if getattr(self, role) is not None}
         settings = {
-            # Full entries: from the bare string, transformers would forget lstrip of [MASK].
-            "added_tokens_decoder": {str(token_id): token for token_id, token in added.items()},
             "clean_up_tokenization_spaces": False,
             **roles,
             "model_input_names": ["input_ids", "attention_mask"],
@@ -139,8 +136,8 @@ class Tokenizer:
         }
         if self.model_max_length is not None:
             settings["model_max_length"] = self.model_max_length
-        by_content = {token["content"]: token for token in added.values()}
-        special = {role: by_content.get(token, token) for role, token in roles.items()}
+        properties = special_token_properties(self.backend)
+        special = {role: properties.get(token, token) for role, token in roles.items()}
         write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2))
         write_text(folder / "special_tokens_map.json", json.dumps(special, indent=2))
@@ -318,12 +315,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     return backend
 
 
-def added_tokens(backend: tokenizers.Tokenizer) -> dict[int, dict[str, Any]]:
-    """Content and properties of every added token by id, as the settings files write them."""
-    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+def special_token_properties(backend: tokenizers.Tokenizer) -> dict[str, dict[str, Any]]:
+    """What ``special_tokens_map.json`` says of each added token, by its text."""
+    names = ("content", "lstrip", "normalized", "rstrip", "single_word")
     return {
-        token_id: {name: getattr(token, name) for name in names}
-        for token_id, token in sorted(backend.get_added_tokens_decoder().items())
+        token.content: {name: getattr(token, name) for name in names}
+        for token in backend.get_added_tokens_decoder().values()
     }
 
 

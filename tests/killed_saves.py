@@ -21,7 +21,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from modernbert_mini import CheckpointError, ModernBertConfig, ModernBertModel, checkpoints
+from modernbert_mini import (
+    CheckpointError,
+    ModernBertConfig,
+    ModernBertModel,
+    atomic,
+    checkpoints,
+)
 
 SMALL = {"vocab_size": 7, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 4}
 REST = {"num_hidden_layers": 1, "pad_token_id": 0}
@@ -30,7 +36,7 @@ CALLS = [
     *((os, name) for name in ("mkdir", "rename", "replace", "link", "unlink", "rmdir", "fsync")),
     (safetensors.torch, "save_file"),
     (checkpoints, "write_json"),
-    (checkpoints, "exchange"),
+    (atomic, "exchange"),
 ]
 
 
@@ -128,7 +134,7 @@ def each_step(root: Path, old, new, lacks) -> Counter:
 
         def save(step=step, folder=folder):
             if lacks == "exchange":
-                checkpoints.exchange = no_exchange
+                atomic.exchange = no_exchange
             if lacks == "siblings":
                 Path.mkdir = no_siblings
             die_at(step)

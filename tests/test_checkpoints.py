@@ -21,8 +21,16 @@ import transformers
 from torch import nn
 
 import modernbert_mini
-from modernbert_mini import CheckpointError, ConfigError, ModernBertConfig, checkpoints
-from modernbert_mini.checkpoints import read_header, resolve_file
+from modernbert_mini import (
+    CheckpointError,
+    ConfigError,
+    ModernBertConfig,
+    atomic,
+    checkpoints,
+    sources,
+)
+from modernbert_mini.checkpoints import read_header
+from modernbert_mini.sources import resolve_file
 
 EMBEDDING = checkpoints.EMBEDDING
 WO, NORM = "model.layers.1.attn.Wo.weight", "model.final_norm.weight"
@@ -585,12 +593,12 @@ BROKEN = {
     "index is a list": (index(lambda names, f: "[]"), "index.json", "no index"),
     "index has no map": (index(lambda names, f: "{}"), "index.json", "weight_map"),
     "index is a pointer": (index(lambda names, f: LFS.decode()), "index.json", "LFS"),
-    "a shard is missing": (index(drop_shard), "index.json", "model-0000"),
-    "a tensor in another shard": (index(swap_entry), "model-0000", EMBEDDING),
-    "a tensor in two shards": (index(copy_into_two), "model-0000", EMBEDDING),
+    "a shard is missing": (index(drop_shard), "index.json", "model-000"),
+    "a tensor in another shard": (index(swap_entry), "model-000", EMBEDDING),
+    "a tensor in two shards": (index(copy_into_two), "model-000", EMBEDDING),
     "a tensor that no index lists": (
         index(lambda names, f: names.pop("decoder.bias") and None),
-        "model-0000",
+        "model-000",
         "decoder.bias",
     ),
     "a pickle of a list": (as_pickle([torch.ones(2)]), "pytorch_model.bin", "a list"),
@@ -698,7 +706,7 @@ def test_folders_are_found_by_text_and_from_home(saved, monkeypatch):
     with pytest.raises(CheckpointError, match="no such file"):
         resolve_file("./mini", "config.json")
     package = Path(modernbert_mini.__file__).parent
-    assert checkpoints.find_folder("mini") == package / "mini"
+    assert sources.find_folder("mini") == package / "mini"
 
 
 # --- The Hub ----------------------------------------------------------------------------------
@@ -866,7 +874,7 @@ def test_a_revision_is_honoured_and_all_files_are_of_one_commit(hub, saved, monk
     with pytest.raises(CheckpointError, match="no revision 'older'"):
         resolve_file("owner/model", "config.json", "older")
     # the branch moves on between two files: the second has to come from the first's commit
-    source = checkpoints.Source("owner/model")
+    source = sources.Source("owner/model")
     source.require("config.json")
     monkeypatch.setitem(COMMITS, "main", COMMITS["old"])
     assert COMMITS["old"] not in str(source.require("model.safetensors"))
@@ -926,10 +934,10 @@ def test_an_unreachable_hub_is_said_within_seconds(trouble, hub, monkeypatch):
 
 def test_the_environment_variables_of_the_hub_hold(tmp_path):
     code = """
-from modernbert_mini import checkpoints
+from modernbert_mini import sources
 try:
-    checkpoints.resolve_file("owner/model", "config.json")
-except checkpoints.CheckpointError as error:
+    sources.resolve_file("owner/model", "config.json")
+except sources.CheckpointError as error:
     print(error)
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
@@ -987,7 +995,7 @@ def refuse(*args):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_other_files_of_the_folder_stay(exchange, saved, monkeypatch, tmp_path):
     if not exchange:
-        monkeypatch.setattr(checkpoints, "exchange", refuse)
+        monkeypatch.setattr(atomic, "exchange", refuse)
     _, folder = saved(max_shard_size=9000)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "runs" / "1").mkdir(parents=True)
@@ -1014,8 +1022,8 @@ def test_other_files_of_the_folder_stay(exchange, saved, monkeypatch, tmp_path):
 
 def test_the_same_config_changes_one_file_and_nothing_else(saved, monkeypatch):
     model, folder = saved()
-    monkeypatch.setattr(checkpoints, "exchange", refuse)
-    monkeypatch.setattr(checkpoints, "move_files", refuse)
+    monkeypatch.setattr(atomic, "exchange", refuse)
+    monkeypatch.setattr(atomic, "move_files", refuse)
     inode = (folder / "config.json").stat().st_ino, folder.stat().st_ino
     nn.init.ones_(model.head.dense.weight)
     model.save_pretrained(folder)
@@ -1026,7 +1034,7 @@ def test_the_same_config_changes_one_file_and_nothing_else(saved, monkeypatch):
 def test_files_that_cannot_be_moved_are_put_back(saved, monkeypatch):
     """As on Windows, where a file that a program maps cannot be replaced."""
     old, folder = saved()
-    monkeypatch.setattr(checkpoints, "exchange", refuse)
+    monkeypatch.setattr(atomic, "exchange", refuse)
     real = os.replace
 
     def replace(source, target):
@@ -1055,7 +1063,7 @@ def test_a_save_through_a_link_changes_what_it_points_to(saved, tmp_path):
 
 def test_a_running_save_of_another_process_is_left_alone(saved):
     model, folder = saved()
-    with checkpoints.replacing(folder) as other:
+    with atomic.replacing(folder) as other:
         (other / "begun").write_text("…")
         model.save_pretrained(folder)
         assert (other / "begun").exists()

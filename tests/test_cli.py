@@ -12,10 +12,10 @@ import torch
 
 import modernbert_mini
 from modernbert_mini import cli, data
-from modernbert_mini.checkpoints import find_folder
 from modernbert_mini.config import ModernBertConfig
 from modernbert_mini.fill_mask import FillMask
 from modernbert_mini.heads import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from modernbert_mini.sources import find_folder
 from modernbert_mini.tokenizer import Tokenizer, train_bpe
 
 TEXT = "the [MASK] sat on the mat"

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from modernbert_mini.checkpoints import CheckpointError
+from modernbert_mini.sources import CheckpointError
 from modernbert_mini.tokenizer import Encoding, Tokenizer, find_special_tokens, train_bpe
 
 CORPUS = [

@@ -9,9 +9,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from modernbert_mini.checkpoints import match_names, resolve_file
+from modernbert_mini.checkpoints import match_names
 from modernbert_mini.checks._machinery import Hint, exercise, expect, expect_close, expect_tensor
 from modernbert_mini.config import ModernBertConfig
+from modernbert_mini.sources import resolve_file
 
 PREFIX = "model."
 
