@@ -1,10 +1,12 @@
 """Run every chapter and record what it costs: seconds, peak memory, megabytes fetched.
 
-    python tests/tools/costs.py [03_rope …]
+    python tests/tools/costs.py [03_rope …]     measure all chapters, or these
+    python tests/tools/costs.py --readme        only write the README's tables anew
 
 Writes `modernbert_mini/recorded/costs.json`, which the cost card of each chapter shows, and the
-README's table. Each notebook runs alone, in a fresh kernel, with an empty Hub cache, so that
-"fetched" is what a first reader downloads.
+README's tables: what chapters cost, and how `mini` scores, from what its training recorded.
+Each notebook runs alone, in a fresh kernel, with an empty Hub cache, so that "fetched" is what
+a first reader downloads.
 """
 
 import datetime
@@ -23,6 +25,7 @@ import torch
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[2]
+TRAINING = ROOT / "modernbert_mini" / "mini" / "training.json"
 RECORD = ROOT / "modernbert_mini" / "recorded" / "costs.json"
 # The kernel's own peak, and that of the processes that it started; kilobytes but on macOS.
 PEAK = """\
@@ -72,6 +75,7 @@ def measure(notebook: Path) -> dict[str, object]:
         "seconds": round(seconds, 1),
         "peak_ram_mb": round(float(book.cells[-1]["outputs"][0]["text"])),
         "fetched_mb": round(fetched / 1e6, 1),
+        "hub": "offline" if os.environ.get("HF_HUB_OFFLINE") == "1" else "asked",
         "cpu": cpu(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
@@ -79,8 +83,8 @@ def measure(notebook: Path) -> dict[str, object]:
     }
 
 
-def table(costs: dict[str, dict]) -> str:
-    """The README's table."""
+def costs_table(costs: dict[str, dict]) -> str:
+    """What each chapter costs."""
     if not costs:
         return "Not measured yet."
     rows = ["| chapter | seconds | peak memory | fetched |", "|---|--:|--:|--:|"]
@@ -93,11 +97,28 @@ def table(costs: dict[str, dict]) -> str:
     return "\n".join([*rows, "", f"Measured on {'; '.join(sorted(machines))}, by `make costs`."])
 
 
-def fill(page: str, text: str) -> str:
-    """Put the table between the README's marks."""
-    return re.sub(
-        r"(<!-- costs -->\n).*?(<!-- /costs -->)", rf"\g<1>{text}\n\g<2>", page, flags=re.S
+def scores_table(training: dict) -> str:
+    """How `mini` scores on text that it was not trained on."""
+    rows = ["| on held-out text | loss per hidden token (nats) | right at once |", "|---|--:|--:|"]
+    for name, key in (("`mini`", "held_out"), ("word frequencies alone", "unigram")):
+        score = training[key]["all"]
+        rows.append(f"| {name} | {score['loss']:.2f} | {score['top1']:.0%} |")
+    count = training["held_out"]["all"]["positions"]
+    return "\n".join(
+        [*rows, "", f"{count:,} hidden tokens; `mini` has {training['parameters']:,} parameters."]
     )
+
+
+def fill(page: str) -> str:
+    """Put the tables between the README's marks."""
+    tables = {
+        "costs": costs_table(json.loads(RECORD.read_text())),
+        "scores": scores_table(json.loads(TRAINING.read_text())),
+    }
+    for name, text in tables.items():
+        between = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        page = re.sub(between, rf"\g<1>{text}\n\g<2>", page, flags=re.S)
+    return page
 
 
 def main(names: list[str]) -> int:
@@ -110,7 +131,7 @@ def main(names: list[str]) -> int:
             print(notebook.stem, costs[notebook.stem], flush=True)
     RECORD.write_text(json.dumps(costs, indent=2, sort_keys=True) + "\n")
     readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text("utf-8"), table(costs)), encoding="utf-8")
+    readme.write_text(fill(readme.read_text("utf-8")), encoding="utf-8")
     return 0
 
 
