@@ -20,6 +20,15 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 POOLINGS = ("cls", "mean")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 ROPE_TYPES = ("default", "linear")
+# Far beyond any model; a corrupt number is refused before it takes the machine's memory or hours.
+LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 2**16,
+    "max_position_embeddings": 2**40,
+}
 # The published name of each layer kind's rotary base.
 THETA_NAMES = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
 
@@ -177,6 +186,8 @@ class ModernBertConfig:
         if values.get("id2label") is not None:
             values.pop("num_labels", None)  # the labels themselves say how many there are
         if scaling := extra.pop("rope_scaling", None):  # how transformers 4 said it, for all layers
+            ok = isinstance(scaling, dict)
+            _check(ok, f"rope_scaling {scaling!r}", "an object", "Leave it out for none.")
             scaling = {"rope_type": scaling.get("type"), **scaling}
             given = values.get("rope_parameters") or {}
             values["rope_parameters"] = {
@@ -195,7 +206,7 @@ class ModernBertConfig:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(values, dict):
                 raise ValueError(f"a JSON {type(values).__name__}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"no config ({error})", "a JSON object", "Fetch the file again.", path
             ) from error
@@ -250,13 +261,10 @@ def _is_number(value: object, kind: type | tuple) -> bool:
 def _check_numbers(config: ModernBertConfig) -> None:
     """Refuse sizes, probabilities and switches that no model could have."""
     remedy = "Compare the file with the published config.json."
-    for name in (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-        *("num_attention_heads", "max_position_embeddings"),
-    ):
+    for name, most in LARGEST.items():
         value = getattr(config, name)
-        ok = _is_number(value, int) and value > 0
-        _check(ok, f"{name} {value!r}", "a positive integer", remedy)
+        ok = _is_number(value, int) and 0 < value <= most
+        _check(ok, f"{name} {value!r}", f"an integer from 1 to {most:,}", remedy)
     value = config.local_attention
     ok = _is_number(value, int) and value >= 0
     _check(ok, f"local_attention {value!r}", "an integer, 0 or more", remedy)

@@ -106,6 +106,9 @@ IMPOSSIBLE = {
     "odd heads": ({"hidden_size": 6}, "heads of 3 dimensions"),
     "negative size": ({"intermediate_size": -4}, "intermediate_size -4"),
     "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
+    "endless layers": ({"num_hidden_layers": 10**30}, "num_hidden_layers 10000"),
+    "endless width": ({"hidden_size": 2 * 10**9}, "hidden_size 2000000000"),
+    "scaling as text": ({"rope_scaling": "linear"}, "rope_scaling 'linear'"),
     "size as text": ({"hidden_size": "16"}, "hidden_size '16'"),
     "size as switch": ({"hidden_size": True}, "hidden_size True"),
     "negative window": ({"local_attention": -1}, "local_attention -1"),
@@ -149,7 +152,9 @@ def test_impossible_configs_are_refused(name, tmp_path):
     assert str(path) in str(error) and error.expected in str(error) and error.remedy in str(error)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\x01", '"text"', "<html>not found</html>"])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "", "{", "[1]", "\x00\x01", '"text"', "<html>not found</html>"]
+)
 def test_a_file_that_is_no_config_is_refused(text, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(text)
