@@ -53,7 +53,6 @@ KNOWN_HOSTS = {
     "aclanthology.org",
     "colab.research.google.com",
     "creativecommons.org",
-    "download.pytorch.org",
     "en.wikipedia.org",
     "example.org",
     "git-lfs.github.com",
