@@ -11,8 +11,9 @@ HTML := _build/html/index.html
 # Chapters that show published weights skip the download unless it is asked for:
 # `make book HF_HUB_OFFLINE=0`.
 export HF_HUB_OFFLINE ?= 1
-# Two workers with one thread each, rather than two that fight over every core.
-test: export OMP_NUM_THREADS = 1
+# The models of the chapters are too small to gain from a second thread, and on a busy core two
+# threads wait for each other: several times slower than one.
+export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help book test lint sync address costs clean

@@ -68,6 +68,7 @@ def summarise(log: list[dict]) -> dict[str, Any]:
         "steps": last["step"],
         "tokens": last["tokens"],
         "training_seconds": last["seconds"],
+        "tokens_per_second": last["tokens_per_second"],
         "resumed": len(starts) - 1,
         "remarks": [line["text"] for line in log if line["event"] == "remark"],
         "unigram": starts[-1]["unigram"],
@@ -182,10 +183,9 @@ def card(facts: dict[str, Any], answers: dict[str, list[dict]]) -> str:
         f"{machine['processor']}, no GPU: {machine['processes']} process(es) of "
         f"{machine['threads']} thread(s), float32, Python {machine['python']}, torch "
         f"{machine['torch']}. {duration(facts['training_seconds'])} of training steps "
-        f"({facts['tokens'] / facts['training_seconds']:,.0f} tokens per second on a machine that "
-        f"did other work too), {duration(wall)} from first to last line of the log, "
-        f"{facts['started'][:10]}, resumed {facts['resumed']} time(s).",
-        *(f" {remark}" for remark in facts["remarks"]),
+        f"({facts['tokens_per_second']:,} tokens per second), {duration(wall)} from first to last "
+        f"line of the log, {facts['started'][:10]}, resumed {facts['resumed']} time(s).",
+        *(f"\n{remark}" for remark in facts["remarks"]),
         "",
         "## Limits",
         "",

@@ -442,7 +442,7 @@ def test_the_card_counts_a_repeated_step_once():
     recipe = {"folder": "/x", "seed": 0}
     start = {"event": "start", "config": recipe, "time": "2026-01-01T00:00:00Z"}
     start |= dict.fromkeys(("parameters", "corpora", "machine"), 0) | {"unigram": {}}
-    clock = {"time": "2026-01-01T00:01:00Z", "seconds": 50}
+    clock = {"time": "2026-01-01T00:01:00Z", "seconds": 50, "tokens_per_second": 7}
 
     def train(step, loss, lr):
         return {"event": "train", "step": step, "tokens": step, "loss": loss, "lr": lr, **clock}

@@ -35,13 +35,13 @@ print(sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF,
 
 
 def cpu() -> str:
-    """The processor's name and the cores that this process may use."""
+    """The processor's name, how many of its cores torch uses, and how many there are."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file() and (line := re.search(r"model name\s*: (.+)", info.read_text())):
         name = line[1]
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {count} cores"
+    return f"{name}, {torch.get_num_threads()} of {count} cores"
 
 
 def commit() -> str:
