@@ -24,15 +24,13 @@ def write_costs(app: Sphinx) -> None:
     """Write the table of what each chapter costs from the recorded measurements."""
     recorded = ROOT / "modernbert_mini" / "recorded" / "costs.json"
     costs = json.loads(recorded.read_text()) if recorded.is_file() else {}
-    rows = [
-        "| chapter | seconds | peak memory (MB) | fetched (MB) | measured |",
-        "|---|--:|--:|--:|---|",
-    ]
+    rows = ["| chapter | seconds | peak memory | fetched |", "|---|--:|--:|--:|"]
     rows += [
-        f"| `{name}` | {c['seconds']:.0f} | {c['peak_ram_mb']:,.0f} MB "
-        f"| {c['fetched_mb']:.0f} MB | {c['date']}, {c['cpu']} |"
+        f"| `{name}` | {c['seconds']:.0f} | {c['peak_ram_mb']:,.0f} MB | {c['fetched_mb']:.0f} MB |"
         for name, c in sorted(costs.items())
     ]
+    machines = {f"{c['cpu']}, torch {c['torch']}, {c['date']}" for c in costs.values()}
+    rows += ["", f"Measured on {'; '.join(sorted(machines))}."] if machines else []
     folder = ROOT / "book" / "_generated"
     folder.mkdir(exist_ok=True)
     (folder / "costs.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
