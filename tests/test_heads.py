@@ -161,8 +161,10 @@ def test_equals_transformers_in_scores_losses_and_gradients(name, variant):
     labels = make_labels(name, batch)
     if variant == "sparse prediction" and name == "ModernBertForMaskedLM":
         labels["labels"][labels["labels"] == -100] = -7
-    mine, reference = ours(**batch, **labels), theirs(**batch, **labels)
+    mine, reference = (m(**batch, **labels, output_hidden_states=True) for m in (ours, theirs))
     for a, b in zip(scores(mine), scores(reference), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    for a, b in zip(mine.hidden_states, reference.hidden_states, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     torch.testing.assert_close(mine.loss, reference.loss, atol=1e-5, rtol=0)
     mine.loss.backward()
