@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data
+from .atomic import writing
 from .config import ModernBertConfig
 from .heads import ModernBertForMaskedLM
 from .tokenizer import Tokenizer, train_bpe
@@ -431,7 +432,8 @@ def _write_data(config: PretrainingConfig, folder: Path) -> None:
             | {"repeats": config.corpora[corpus.name]}
             | {"train_tokens": len(shard.tokens), "held_out_tokens": len(other.tokens)}
         )
-    write_atomically(folder / "corpora.json", json.dumps(summaries, indent=2).encode())
+    with writing(folder / "corpora.json") as file:
+        file.write(json.dumps(summaries, indent=2).encode())
 
 
 def load_corpus(name: str, config: PretrainingConfig) -> data.Corpus:
@@ -722,19 +724,8 @@ def utc_now() -> str:
 
 def save_checkpoint(run: Run, path: Path) -> None:
     """Write the run's state so that a reader sees the old file or the new one, never half."""
-    beside = path.with_suffix(".partial")
-    with beside.open("wb") as file:
+    with writing(path) as file:
         torch.save(run.state_dict(), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all."""
-    beside = path.with_suffix(".partial")
-    beside.write_bytes(content)
-    os.replace(beside, path)
 
 
 def export(folder: str | os.PathLike, target: str | os.PathLike) -> None:

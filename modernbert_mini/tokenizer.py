@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .atomic import writing
 from .sources import DOWNLOAD_AGAIN, CheckpointError, Source
 
 if TYPE_CHECKING:
@@ -408,10 +409,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a whole file or nothing."""
+    with writing(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def check_option(name: str, value: Any, allowed: tuple) -> None:
