@@ -2,7 +2,8 @@
 
 Chapter 6 builds this module. Sources: Warner et al., "Smarter, Better, Faster, Longer",
 arXiv:2412.13663, section 2.1 (every third layer is global, the others see a window of 128
-tokens); Beltagy et al., "Longformer", arXiv:2004.05150, section 3.1 (sliding windows).
+tokens); Beltagy et al., "Longformer", arXiv:2004.05150, section 3.1 (sliding windows,
+computed in blocks that overlap).
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 
 from .attention import Attend, eager_attention, sdpa_attention
 
@@ -88,30 +90,81 @@ def packed_sdpa_attention(
     v: torch.Tensor,
     *,
     lengths: list[int],
-    half_window: int | None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over a packed stream, one sequence after the other.
+    """Global attention over a packed stream, one sequence after the other.
 
     Args:
         q, k, v: (H, N, D).
         lengths: of the S sequences; they sum to N.
-        half_window: W, or None for a global layer.
         dropout: probability of dropping a weight.
 
     Returns:
         The mixed values (H, N, D), and None for the weights.
     """
-    # Sequences of one length share a mask; a batch of texts has far fewer lengths than texts.
-    masks = {n: padded_mask(None, n, half_window, q.device) for n in set(lengths)}
     # One split and one concatenation: slicing instead would make the backward pass write a
     # gradient of the whole stream for every sequence.
     parts = zip(*(x[None].split(lengths, dim=-2) for x in (q, k, v)), strict=True)
-    out = [
-        sdpa_attention(*qkv, mask=masks[n], dropout=dropout)[0]
-        for qkv, n in zip(parts, lengths, strict=True)
-    ]
+    out = [sdpa_attention(*qkv, dropout=dropout)[0] for qkv in parts]
     return torch.cat(out, dim=-2)[0], None
+
+
+def band_mask(cu_seqlens: torch.Tensor, half_window: int) -> torch.Tensor:
+    """The keys that each query of a packed stream may see, block by block.
+
+    The stream is cut into blocks at least as long as half a window. What a query may see then
+    lies in its own block or in a neighbour of it, so the mask grows with N·W and not with N².
+
+    Args:
+        cu_seqlens: (S + 1,) integers from 0 to N.
+        half_window: W.
+
+    Returns:
+        (blocks, 1, size, 3·size) bool: for each block its queries, and the keys of the block
+        before, of its own and of the one after.
+    """
+    lengths = cu_seqlens.diff()  # (S,)
+    sequence = torch.arange(len(lengths), device=cu_seqlens.device)  # (S,)
+    sequence = sequence.repeat_interleave(lengths)  # (N,)
+    # Blocks of a handful of tokens would cost more in overhead than they spare in work.
+    size = min(max(half_window, 16), len(sequence))
+    # What fills up the last block belongs to no sequence; nor does what lies beyond both ends.
+    sequence = F.pad(sequence, (0, -len(sequence) % size), value=-1)
+    own = sequence.unflatten(0, (-1, size))  # (blocks, size)
+    near = F.pad(sequence, (size, size), value=-2).unfold(0, 3 * size, size)  # (blocks, 3·size)
+    place = torch.arange(-size, 2 * size, device=cu_seqlens.device)  # (3·size,)
+    distance = place[size:-size, None] - place  # (size, 3·size)
+    mask = (own[..., None] == near[:, None]) & (distance.abs() <= half_window)
+    return mask[:, None]  # (blocks, 1, size, 3·size)
+
+
+def banded_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: torch.Tensor,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, None]:
+    """Local attention over a packed stream, all blocks of all sequences at once.
+
+    Args:
+        q, k, v: (H, N, D).
+        mask: (blocks, 1, size, 3·size), from ``band_mask``.
+        dropout: probability of dropping a weight.
+
+    Returns:
+        The mixed values (H, N, D), and None for the weights.
+    """
+    blocks, _, size, _ = mask.shape
+    length = q.shape[-2]
+    fill = blocks * size - length
+    q = F.pad(q, (0, 0, 0, fill)).unflatten(1, (blocks, size))  # (H, blocks, size, D)
+    # Neighbouring blocks share keys: these are overlapping views of one tensor, not copies.
+    k, v = (F.pad(x, (0, 0, size, size + fill)).unfold(1, 3 * size, size) for x in (k, v))
+    q, k, v = q.transpose(0, 1), k.permute(1, 0, 3, 2), v.permute(1, 0, 3, 2)
+    out = sdpa_attention(q, k, v, mask=mask, dropout=dropout)[0]  # (blocks, H, size, D)
+    return out.transpose(0, 1).flatten(1, 2)[:, :length], None
 
 
 def padded_backends(
@@ -148,6 +201,8 @@ def packed_backends(
         }
     lengths = cu_seqlens.diff().tolist()
     return {
-        kind: partial(packed_sdpa_attention, lengths=lengths, half_window=half_window)
+        kind: partial(packed_sdpa_attention, lengths=lengths)
+        if half_window is None
+        else partial(banded_attention, mask=band_mask(cu_seqlens, half_window))
         for kind, half_window in half_windows.items()
     }

@@ -2,9 +2,12 @@ import pytest
 import torch
 
 from modernbert_mini.alternating_attention import (
+    band_mask,
+    banded_attention,
     layer_pattern,
     packed_backends,
     packed_mask,
+    packed_sdpa_attention,
     padded_backends,
     padded_mask,
     window_mask,
@@ -81,3 +84,60 @@ def test_no_sequence_sees_another():
         before, after = attend(q, k, v, dropout=0.0)[0], attend(q, k, changed, dropout=0.0)[0]
         torch.testing.assert_close(before[:, :4], after[:, :4])
         assert not torch.allclose(before[:, 4:], after[:, 4:])
+
+
+def stream(length, heads=2, head_dim=4):
+    q, k, v = torch.randn(3, heads, length, head_dim, generator=torch.Generator().manual_seed(1))
+    return [x.requires_grad_() for x in (q, k, v)]
+
+
+@pytest.mark.parametrize("half_window", [0, 1, 15, 16, 17, 40, 200])
+@pytest.mark.parametrize("lengths", [[1], [2], [16], [100], [5, 1, 37, 16, 16, 3], [1] * 20])
+def test_the_band_is_the_window(lengths, half_window):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    q, k, v = stream(sum(lengths))
+    mask = packed_mask(cu_seqlens, half_window)
+    right = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    band, weights = banded_attention(q, k, v, mask=band_mask(cu_seqlens, half_window))
+    assert weights is None
+    torch.testing.assert_close(band, right, atol=1e-6, rtol=0)
+    push = torch.randn(band.shape, generator=torch.Generator().manual_seed(2))
+    for mine, theirs in zip(
+        torch.autograd.grad(band, (q, k, v), push),
+        torch.autograd.grad(right, (q, k, v), push),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+
+
+def test_a_band_shows_as_many_keys_as_the_whole_mask():
+    cu_seqlens = torch.tensor([0, 5, 6, 150, 211])
+    band = band_mask(cu_seqlens, 64)[:, 0].flatten(0, 1)[:211]
+    assert band.sum(-1).equal(packed_mask(cu_seqlens, 64).sum(-1))
+
+
+def test_a_band_grows_with_the_length_and_not_with_its_square():
+    sizes = [band_mask(torch.tensor([0, n]), 64).numel() for n in (1024, 2048, 4096)]
+    assert sizes == [192 * 1024, 192 * 2048, 192 * 4096]
+
+
+def test_a_wide_window_on_a_short_stream_makes_no_wide_band():
+    assert band_mask(torch.tensor([0, 10]), 4096).shape == (1, 1, 10, 30)
+
+
+def test_local_layers_of_a_packed_stream_never_hold_a_square():
+    attend = packed_backends("sdpa", torch.tensor([0, 3000]), {"sliding_attention": 64})
+    assert attend["sliding_attention"].keywords["mask"].numel() < 3000**2 / 10
+
+
+def test_dropout_reaches_every_packed_backend():
+    q, k, v = (x.detach() for x in stream(40))
+    cu_seqlens = torch.tensor([0, 25, 40])
+    for attend in (
+        lambda dropout: packed_sdpa_attention(q, k, v, lengths=[25, 15], dropout=dropout)[0],
+        lambda dropout: banded_attention(q, k, v, mask=band_mask(cu_seqlens, 4), dropout=dropout)[
+            0
+        ],
+    ):
+        assert attend(0.0).equal(attend(0.0))
+        assert not attend(0.5).allclose(attend(0.0))
