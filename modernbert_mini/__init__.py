@@ -22,6 +22,8 @@ _EXPORTS = {
     "ModernBertForTokenClassification": "heads",
     "ModernBertModel": "model",
     "Tokenizer": "tokenizer",
+    "explain_divergence": "transplant",
+    "swap": "transplant",
 }
 _MODULES = {
     "alternating_attention",
@@ -42,6 +44,7 @@ _MODULES = {
     "rope",
     "sources",
     "tokenizer",
+    "transplant",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
