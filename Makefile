@@ -6,7 +6,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 STAMP := $(VENV)/.installed
-HTML := _build/html/index.html
 
 # Chapters that show published weights skip the download unless it is asked for:
 # `make book HF_HUB_OFFLINE=0`.
@@ -30,17 +29,15 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	@touch $@
 
 book: $(STAMP)  ## execute every chapter and build the HTML, warnings as errors
-	rm -rf _build
-	$(BIN)/jupyter-book build . -W --keep-going -n
-	@echo "The book is at file://$(CURDIR)/$(HTML)"
+	PYTHONPATH=tests $(BIN)/python -m tools.book
 
 lint: $(STAMP)  ## ruff and codespell, the fast part of `make test`
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell book notebooks modernbert_mini tests *.md *.toml *.yml Makefile .github
 
-test: lint  ## everything CI runs: lint, unit, parity, every notebook, the book, the docs
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 --nbmake --nbmake-timeout=300 --nbmake-kernel=python3 tests notebooks
+test: lint book  ## everything CI runs: lint, every notebook, the book, unit, parity and doc tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 tests
 
 sync: $(STAMP)  ## rewrite the `package` cells of the notebooks from the package
 	$(BIN)/python tests/tools/sync.py
@@ -48,8 +45,8 @@ sync: $(STAMP)  ## rewrite the `package` cells of the notebooks from the package
 address: $(STAMP)  ## set the repository's address: make address URL=https://github.com/you/repo
 	$(BIN)/python tests/tools/address.py $(URL)
 
-costs: $(STAMP)  ## run every chapter alone and record what it costs
-	$(BIN)/python tests/tools/costs.py
+costs: $(STAMP)  ## build the book, and record what its chapters cost
+	PYTHONPATH=tests $(BIN)/python -m tools.book --record
 
 clean:  ## remove what the builds made, the environment too
 	rm -rf $(VENV) _build .pytest_cache .ruff_cache build *.egg-info

@@ -198,6 +198,18 @@ class CostCard:
 
     words: str
 
+    @classmethod
+    def of(cls, record: dict | None) -> "CostCard":
+        """The card of one record: `seconds`, `peak_ram_mb`, `fetched_mb`, `hub`, `date`, `cpu`."""
+        if record is None:
+            return cls("not yet measured")
+        seconds = record["seconds"]
+        time = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} minutes"
+        return cls(
+            f"{time} on a CPU · {record['peak_ram_mb'] / 1024:.1f} GB of memory at most · "
+            f"{_fetched(record)} · measured {record['date']} on {record['cpu']}"
+        )
+
     def __repr__(self) -> str:
         return self.words
 
@@ -209,20 +221,30 @@ class CostCard:
         )
 
 
-def cost_card(chapter: str) -> CostCard:
-    """The measured cost of a chapter, from `modernbert_mini/recorded/costs.json`.
+def _fetched(record: dict) -> str:
+    if record["fetched_mb"] >= 1:
+        return f"{record['fetched_mb']:.0f} MB fetched"
+    # A run that may not ask the Hub says nothing about what a run that may would fetch.
+    return "nothing fetched" + (", with the Hub switched off" if record["hub"] == "offline" else "")
 
-    The file maps a chapter ("03_rope") to `seconds`, `peak_ram_mb`, `fetched_mb`, `date`
-    (YYYY-MM-DD) and `cpu` (a description with the number of cores).
-    """
+
+def cost_card(chapter: str) -> CostCard:
+    """The measured cost of a chapter, such as "03_rope", from its last recorded run."""
     path = files("modernbert_mini") / "recorded" / "costs.json"
-    record = json.loads(path.read_text()).get(chapter) if path.is_file() else None
-    if record is None:
-        return CostCard("not yet measured")
-    seconds, fetched = record["seconds"], record["fetched_mb"]
-    time = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} minutes"
-    return CostCard(
-        f"{time} on a CPU · {record['peak_ram_mb'] / 1024:.1f} GB of memory at most · "
-        + (f"{fetched:.0f} MB fetched" if fetched >= 1 else "nothing fetched")
-        + f" · measured {record['date']} on {record['cpu']}"
-    )
+    costs = json.loads(path.read_text()) if path.is_file() else {}
+    return CostCard.of(costs.get(chapter))
+
+
+def cost_table(costs: dict[str, dict]) -> str:
+    """What each chapter costs, as a Markdown table; the records as `CostCard.of` takes them."""
+    if not costs:
+        return "Not measured yet."
+    rows = ["| chapter | seconds | peak memory |", "|---|--:|--:|"]
+    rows += [
+        f"| `{name}` | {c['seconds']:.0f} | {c['peak_ram_mb']:,.0f} MB |"
+        for name, c in sorted(costs.items())
+    ]
+    total = sum(c["seconds"] for c in costs.values())
+    rows.append(f"| all | {total:.0f} | |")
+    runs = {f"{c['cpu']}, torch {c['torch']}, {c['date']}, {_fetched(c)}" for c in costs.values()}
+    return "\n".join([*rows, "", f"Measured on {'; '.join(sorted(runs))}."])

@@ -1,7 +1,9 @@
 """The book builds from a clean state with warnings as errors, and its pages need no network."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,14 +13,14 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 import yaml
-from tools import address
+from tools import address, book
 from tools.chapters import NOTEBOOKS, ROOT
 
 pytestmark = pytest.mark.slow
 
 
 def build(source: Path, output: Path) -> subprocess.CompletedProcess:
-    """Build as `make book` does."""
+    """Run Jupyter Book with the gate's options."""
     program = Path(sys.executable).parent / "jupyter-book"
     return subprocess.run(
         [program, "build", source, "--path-output", output, "-W", "--keep-going", "-n"],
@@ -30,13 +32,32 @@ def build(source: Path, output: Path) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.fixture(scope="module")
+def sources() -> list[Path]:
+    """All that the pages are made of."""
+    patterns = ("book/**/*.*", "notebooks/*.ipynb", "modernbert_mini/**/*.py", "_*.yml")
+    found = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    return [path for path in found if "_generated" not in path.parts]
+
+
+@pytest.fixture(scope="session")
 def html(tmp_path_factory) -> Path:
+    """The pages: those of `make book`, where nothing has changed since; else made anew."""
+    made = ROOT / "_build" / "html"
+    index = made / "book" / "index.html"
+    if index.is_file() and index.stat().st_mtime > max(p.stat().st_mtime for p in sources()):
+        return made
     output = tmp_path_factory.mktemp("book")
-    done = build(ROOT, output)
-    said = (done.stdout + done.stderr).splitlines()
-    assert done.returncode == 0, "\n".join(said[-40:] + [s for s in said if "WARNING" in s])
+    make(ROOT, output / "source", output)
     return output / "_build" / "html"
+
+
+def make(root: Path, source: Path, output: Path) -> dict[str, dict]:
+    book.stage(root, source)
+    book.run(source)
+    found = book.collect(source)
+    book.keep(found, source)
+    book.render(source, output)
+    return found
 
 
 class Page(HTMLParser):
@@ -60,7 +81,7 @@ class Page(HTMLParser):
             self.links.append(attributes["href"])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pages(html) -> dict[Path, Page]:
     found = {path: Page(path) for path in html.rglob("*.html") if "_static" not in path.parts}
     assert len(found) >= len(contents())
@@ -157,10 +178,14 @@ def small_book(folder: Path, code: str, text: str) -> Path:
     (folder / "_config.yml").write_text(yaml.safe_dump(config))
     (folder / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n- file: one\n")
     (folder / "index.md").write_text(f"# Index\n\n{text}\n")
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# One")])
-    book.cells.append(nbformat.v4.new_code_cell(code))
-    nbformat.write(book, folder / "one.ipynb")
+    nbformat.write(chapter(code), folder / "one.ipynb")
     return folder
+
+
+def chapter(code: str) -> nbformat.NotebookNode:
+    new = nbformat.v4
+    card = new.new_code_cell("1", metadata={"tags": ["cost"]})
+    return new.new_notebook(cells=[new.new_markdown_cell("# One"), card, new.new_code_cell(code)])
 
 
 @pytest.mark.parametrize(
@@ -175,3 +200,61 @@ def test_the_gate_stops(tmp_path, code, text, said):
     done = build(small_book(tmp_path, code, text), tmp_path / "out")
     assert done.returncode != 0
     assert said in done.stdout + done.stderr
+
+
+@pytest.fixture
+def staged(tmp_path):
+    """What becomes of a book with one chapter of this code, before it is rendered."""
+
+    def build(code: str) -> Path:
+        (tmp_path / "notebooks").mkdir()
+        (tmp_path / "book").mkdir()
+        nbformat.write(chapter(code), tmp_path / "notebooks" / "01_one.ipynb")
+        for name in ("_config.yml", "_toc.yml"):
+            shutil.copy(ROOT / name, tmp_path / name)
+        book.stage(tmp_path, tmp_path / "source")
+        book.run(tmp_path / "source")
+        return tmp_path / "source"
+
+    return build
+
+
+def test_a_chapter_is_run_once_and_measured(staged):
+    source = staged("import time\ntime.sleep(1.5)\nblock = bytearray(300_000_000)\nlen(block)")
+    before = nbformat.read(source / "notebooks" / "01_one.ipynb", as_version=4)
+    found = book.collect(source)
+    book.keep(found, source)
+    cost = json.loads((source / "modernbert_mini" / "recorded" / "costs.json").read_text())
+    assert cost == found and 1.5 <= found["01_one"]["seconds"] < 20
+    assert 300 < found["01_one"]["peak_ram_mb"] < 600 and found["01_one"]["fetched_mb"] == 0
+    after = nbformat.read(source / "notebooks" / "01_one.ipynb", as_version=4)
+    assert len(after.cells) == len(before.cells) - 2 == 3
+    assert after.cells[2].outputs[0].data["text/plain"] == "300000000"
+    (card,) = after.cells[1].outputs
+    assert found["01_one"]["cpu"] in card.data["text/plain"] and "Cost" in card.data["text/html"]
+    config = yaml.safe_load((source / "_config.yml").read_text("utf-8"))
+    assert config["execute"]["execute_notebooks"] == "off"
+
+
+def test_a_chapter_that_outruns_its_minute_stops_the_build(staged, monkeypatch):
+    source = staged("import time\ntime.sleep(0.2)")
+    monkeypatch.setattr(book, "LIMIT", 0)
+    with pytest.raises(book.BookError, match="more than 0 s: 01_one took"):
+        book.collect(source)
+
+
+def test_a_chapter_that_fails_stops_the_build(staged, capfd):
+    with pytest.raises(book.BookError, match="a chapter failed"):
+        staged("raise KeyError('planted')")
+    assert "planted" in capfd.readouterr().out
+
+
+def test_what_a_chapter_fetches_is_counted(staged, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "older").write_bytes(bytes(5_000_000))
+    source = staged(
+        "import os, pathlib\n"
+        "pathlib.Path(os.environ['HF_HOME'], 'new').write_bytes(bytes(2_000_000))"
+    )
+    assert book.collect(source)["01_one"]["fetched_mb"] == 2.0

@@ -311,7 +311,7 @@ def test_the_licences_are_there():
 
 def test_the_readme_shows_what_was_recorded():
     text = read("README.md")
-    assert costs.fill(text) == text, "run python tests/tools/costs.py --readme"
+    assert costs.fill(text) == text, "run python tests/tools/costs.py"
     assert "<!-- costs -->\n| chapter" in text and "<!-- scores -->\n| on held-out" in text
 
 

@@ -102,10 +102,13 @@ def recorded(tmp_path, monkeypatch, costs):
 
 def test_the_cost_card_says_what_was_measured(tmp_path, monkeypatch):
     cost = {"seconds": 20.4, "peak_ram_mb": 512, "date": "2026-01-02", "cpu": "a <CPU>, 2 cores"}
-    long = {**cost, "seconds": 150, "fetched_mb": 598.6}
+    cost |= {"hub": "offline"}
+    long = {**cost, "seconds": 150, "fetched_mb": 598.6, "hub": "asked"}
     recorded(tmp_path, monkeypatch, {"03_rope": {**cost, "fetched_mb": 0.0}, "11_long": long})
     card = plots.cost_card("03_rope")
-    assert repr(card).startswith("20 s on a CPU · 0.5 GB of memory at most · nothing fetched")
+    assert repr(card).startswith(
+        "20 s on a CPU · 0.5 GB of memory at most · nothing fetched, with the Hub"
+    )
     assert "2026-01-02 on a &lt;CPU&gt;, 2 cores" in card._repr_html_()
     assert "2.5 minutes" in repr(plots.cost_card("11_long"))
     assert "599 MB fetched" in repr(plots.cost_card("11_long"))

@@ -7,6 +7,8 @@ from pathlib import Path
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
+from modernbert_mini import plots
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -24,16 +26,9 @@ def write_costs(app: Sphinx) -> None:
     """Write the table of what each chapter costs from the recorded measurements."""
     recorded = ROOT / "modernbert_mini" / "recorded" / "costs.json"
     costs = json.loads(recorded.read_text()) if recorded.is_file() else {}
-    rows = ["| chapter | seconds | peak memory | fetched |", "|---|--:|--:|--:|"]
-    rows += [
-        f"| `{name}` | {c['seconds']:.0f} | {c['peak_ram_mb']:,.0f} MB | {c['fetched_mb']:.0f} MB |"
-        for name, c in sorted(costs.items())
-    ]
-    machines = {f"{c['cpu']}, torch {c['torch']}, {c['date']}" for c in costs.values()}
-    rows += ["", f"Measured on {'; '.join(sorted(machines))}."] if machines else []
     folder = ROOT / "book" / "_generated"
     folder.mkdir(exist_ok=True)
-    (folder / "costs.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "costs.md").write_text(plots.cost_table(costs) + "\n", encoding="utf-8")
 
 
 def spare_prose(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]):
