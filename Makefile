@@ -49,5 +49,5 @@ costs: $(STAMP)  ## build the book, and record what its chapters cost
 	PYTHONPATH=tests $(BIN)/python -m tools.book --record
 
 clean:  ## remove what the builds made, the environment too
-	rm -rf $(VENV) _build .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) _build .cache .pytest_cache .ruff_cache build *.egg-info
 	find modernbert_mini tests notebooks -name __pycache__ -prune -exec rm -rf {} +

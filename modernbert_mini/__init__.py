@@ -37,6 +37,7 @@ _MODULES = {
     "fill_mask",
     "geglu",
     "heads",
+    "inspection",
     "model",
     "model_card",
     "plots",
@@ -45,6 +46,7 @@ _MODULES = {
     "sources",
     "tokenizer",
     "transplant",
+    "views",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]

@@ -1,7 +1,7 @@
 """Which tokens a layer may look at: everywhere, or only at its neighbours.
 
 Chapter 6 builds this module. Sources: Warner et al., "Smarter, Better, Faster, Longer",
-arXiv:2412.13663, section 2.1 (every third layer is global, the others see a window of 128
+arXiv:2412.13663, section 2.1.2 (every third layer is global, the others see a window of 128
 tokens); Beltagy et al., "Longformer", arXiv:2004.05150, section 3.1 (sliding windows,
 computed in blocks that overlap).
 """

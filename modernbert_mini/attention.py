@@ -47,7 +47,8 @@ def eager_attention(
         # only padding can be, then gets a plain mean and not NaN.
         lowest = torch.finfo(scores.dtype).min
         scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, lowest)
-    # Summed in half precision, thousands of small exponentials would vanish one by one.
+    # Summed in half precision, thousands of small exponentials would vanish one by one. PyTorch's
+    # softmax sums in float32 anyway; here it is said, since one written by hand would not.
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
     weights = F.dropout(weights, p=dropout, training=dropout > 0)
     return weights @ v, weights
@@ -64,7 +65,8 @@ def sdpa_attention(
     """Attention by ``torch.nn.functional.scaled_dot_product_attention``.
 
     The same arguments and numbers as ``eager_attention``; it never holds all the weights, so
-    it cannot return them.
+    it cannot return them. On a CPU it is fast with four dimensions, (B, H, L, D), and slow with
+    three. Where a query may see no key, its result is 0.
     """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None
 

@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def gated_linear_unit(
     x: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor] = F.gelu
 ) -> torch.Tensor:
-    """Split the last dimension in two halves and let the activated first one gate the second.
+    """Split the last dimension in two halves, activate the first and multiply by the second.
 
     Args:
         x: (..., 2·I), any floating dtype.
@@ -60,7 +60,7 @@ class GeGLU(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        # One matrix for both halves: one large product is faster than two small ones.
+        # One matrix for both halves: one product instead of two.
         self.Wi = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
         self.act = ACTIVATIONS[activation]
         self.drop = nn.Dropout(dropout)

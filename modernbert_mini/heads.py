@@ -1,7 +1,7 @@
 """The five heads: what a ModernBERT is used for.
 
 Chapter 10 builds this module. Sources: Devlin et al., "BERT", arXiv:1810.04805, sections 3.1
-and 4 (the tasks); Warner et al., arXiv:2412.13663, appendix A (the head's shape).
+and 4 (the tasks); the shape of the head is that of transformers' modeling_modernbert.py.
 """
 
 from dataclasses import dataclass

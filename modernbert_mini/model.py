@@ -1,7 +1,7 @@
 """The encoder: embeddings, a stack of pre-norm layers, a final norm.
 
 Chapter 10 builds this module. Source: Warner et al., "Smarter, Better, Faster, Longer",
-arXiv:2412.13663, section 2 and appendix A.
+arXiv:2412.13663, section 2 and table 4.
 """
 
 import math
@@ -232,7 +232,7 @@ class ModernBertModel(PretrainedModel):
 
 @torch.no_grad()
 def init_parameter(name: str, parameter: torch.Tensor, config: ModernBertConfig) -> None:
-    """Fill one parameter with its starting values, as the paper's appendix A describes.
+    """Fill one parameter with its starting values, as transformers does.
 
     Norms start at 1 and biases at 0. The rest is drawn from a normal distribution that is cut
     at ``initializer_cutoff_factor`` standard deviations.

@@ -223,8 +223,8 @@ class Stage:
 
     Attributes:
         name: of the module, or of what is handed to the layers.
-        entering: max |Δ| of the hidden states that go in; None where there are none.
-        leaving: max |Δ| of what comes out.
+        entering: largest difference of the hidden states that go in; None where there are none.
+        leaving: the same of what comes out.
         agrees: whether ``leaving`` is within the tolerance.
         entered_alike: whether ``entering`` is.
     """
@@ -272,8 +272,8 @@ def explain_divergence(
         reference: the model to trust: one of this package, or of ``transformers``.
         text: one text, several, or what a tokenizer made of them.
         tokenizer: by default that of "mini".
-        tolerance: a stage agrees where max |Δ| is at most this, times the largest absolute value
-            of the reference's stage where that is larger than 1.
+        tolerance: a stage agrees where its largest difference is at most this, times the largest
+            absolute value of the reference's stage where that is above 1.
 
     Raises:
         ValueError: where a tokenizer is needed, or the models have no stage in common.
@@ -321,14 +321,12 @@ Record = dict[str, tuple[torch.Tensor | None, torch.Tensor]]
 def _record(model: nn.Module, batch: dict[str, torch.Tensor]) -> Record:
     """What enters and what leaves each module, in the order in which they finish."""
     found: Record = {}
-    kinds: set[str] = set()
 
     def enter(name, layer, inputs, named):
-        kind = getattr(layer, "kind", getattr(layer, "attention_type", "layer"))
+        kind = getattr(layer, "kind", getattr(layer, "attention_type", None))
+        found[f"kind of {name}"] = (None, torch.tensor([kind == "sliding_attention"]))
         for what, value in _handed_to_layer(inputs, named).items():
-            stage = f"{what} of {kind.replace('_', ' ')}, {name}"
-            found.setdefault(stage, (None, value))
-        kinds.add(kind)
+            found[f"{what} of {name}"] = (None, value)
 
     def leave(name, module, inputs, named, output):
         value = _tensor(output)
@@ -413,6 +411,11 @@ def _verdict(stages, guilty, mine, reference) -> str:
     if guilty is None:
         size = f"at most {largest:.1e}" if largest else "exactly 0"
         return f"The models agree: max |Δ| is {size} in all {len(stages)} stages."
+    if guilty.name.startswith("kind of "):
+        return (
+            f"First difference: the {guilty.name}\n"
+            "One is global, the other local: compare `layer_types` of the two configs."
+        )
     if " of " in guilty.name:
         return (
             f"First difference: the {guilty.name}\n"
@@ -451,12 +454,16 @@ def _weights_that_differ(name: str, mine: nn.Module, reference: nn.Module) -> li
 
 def _table(stages: list[Stage], first: str | None) -> str:
     """The stages in a table: the layers, and what lies inside the one that matters."""
-    opened = ".".join(first.rpartition(", ")[2].split(".")[:2]) if first else "nothing"
+    opened = ".".join(first.rpartition(" of ")[2].split(".")[:2]) if first else "nothing"
     rows = []
     for stage in stages:
         handed = " of " in stage.name
         deep = stage.name.count(".") > (1 if stage.name.startswith("layers") else 0)
-        if handed and stage.agrees and not stage.name.endswith(", layers.0"):
+        if (
+            handed
+            and stage.agrees
+            and (stage.name.startswith("kind") or not stage.name.endswith(" layers.0"))
+        ):
             continue
         if deep and not handed and not stage.name.startswith(opened + "."):
             continue

@@ -118,3 +118,12 @@ def test_dropped_weights_are_scaled_up(qkv):
     dropped = weights == 0
     assert 0.3 < dropped.float().mean() < 0.7
     torch.testing.assert_close(weights[~dropped], 2 * kept[~dropped])
+
+
+def test_a_query_that_sees_nothing_gets_no_nan(qkv):
+    q, k, v = qkv
+    nothing = torch.zeros(L, L, dtype=torch.bool)
+    eager, weights = eager_attention(q, k, v, mask=nothing)
+    fused, _ = sdpa_attention(q, k, v, mask=nothing)
+    torch.testing.assert_close(eager, v.mean(-2, keepdim=True).expand_as(v))
+    assert fused.eq(0).all() and not weights.isnan().any()

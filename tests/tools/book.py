@@ -3,7 +3,7 @@
 `make book` calls it; with `--record`, as `make costs` does, the costs also go to the package and
 to the README.
 
-The chapters run in `_build/source`, a copy of the book: nbmake executes them there and leaves
+The chapters run in `.cache/book`, a copy of the book: nbmake executes them there and leaves
 their outputs in place, and Jupyter Book then only renders. Each cost card shows what that very
 run cost. A chapter that outruns its minute stops the build.
 """
@@ -134,7 +134,7 @@ def render(source: Path, output: Path) -> None:
         BookError: where Jupyter Book finds fault; it has said what.
     """
     program = Path(sys.executable).parent / "jupyter-book"
-    command = [program, "build", source, "--path-output", output, "-W", "--keep-going", "-n"]
+    command = [program, "build", source, "--path-output", output, "-W", "--keep-going", "-n", "-q"]
     if subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode:
         raise BookError("the book does not build; the warnings stand above")
 
@@ -142,7 +142,7 @@ def render(source: Path, output: Path) -> None:
 def main(arguments: list[str]) -> int:
     """Build the book of this repository; with ``--record`` keep what its chapters cost."""
     shutil.rmtree(ROOT / "_build", ignore_errors=True)
-    source = ROOT / "_build" / "source"
+    source = ROOT / ".cache" / "book"  # nbmake passes over folders named _build
     try:
         stage(ROOT, source)
         run(source)
