@@ -482,6 +482,7 @@ def _cell(place: str, guesses: list[tuple[str, float]], asked: bool) -> str:
 _LENS_STYLE = """
 #ID{position:relative;color:inherit;padding-bottom:3.6em;margin:.6em 0}
 #ID>div{overflow-x:auto}
+#ID tr{background:none!important}
 #ID table{border-collapse:collapse;font-size:.85em;margin:0;color:inherit}
 #ID td,#ID th{padding:.25em .5em;white-space:nowrap;text-align:center;color:inherit;
 border:1px solid rgba(128,128,128,.35);background:none}

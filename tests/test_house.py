@@ -60,6 +60,7 @@ KNOWN_HOSTS = {
     "huggingface.co",
     "jfly.uni-koeln.de",
     "www.apache.org",
+    "www.lesswrong.com",
     "www.w3.org",
 }
 # Files that vocabularies, weights and texts are made of, not written by hand.
