@@ -13,6 +13,7 @@ _EXPORTS = {
     "CheckpointError": "sources",
     "ConfigError": "config",
     "FillMask": "fill_mask",
+    "FlatteningCollator": "unpadding",
     "MaskingCollator": "pretraining",
     "ModernBertConfig": "config",
     "ModernBertForMaskedLM": "heads",
@@ -23,6 +24,7 @@ _EXPORTS = {
     "ModernBertModel": "model",
     "Tokenizer": "tokenizer",
     "explain_divergence": "transplant",
+    "pack_sequences": "unpadding",
     "swap": "transplant",
 }
 _MODULES = {
@@ -35,6 +37,7 @@ _MODULES = {
     "config",
     "data",
     "fill_mask",
+    "flash_attention",
     "geglu",
     "heads",
     "inspection",
@@ -46,6 +49,8 @@ _MODULES = {
     "sources",
     "tokenizer",
     "transplant",
+    "triton_kernel",
+    "unpadding",
     "views",
 }
 
