@@ -239,3 +239,179 @@ def _png(weights: torch.Tensor) -> bytes:
         + chunk(b"IDAT", zlib.compress(bytes(lines), 9))
         + chunk(b"IEND", b"")
     )
+
+
+MAX_STEPS = 80  # of a tile view: more would be long to step through
+
+
+def tile_view(
+    scores: torch.Tensor,
+    values: torch.Tensor,
+    rows: int,
+    cols: int,
+    half_window: int | None = None,
+) -> "TileView":
+    """Show the online softmax at work, one tile of the score matrix after the other.
+
+    In a notebook: choose a step, or go through them with the arrow keys. A frame moves over the
+    square of scores; the table beside it holds the running numbers of the queries in the frame.
+
+    Args:
+        scores: (L, L), the row is the query.
+        values: (L,), one number for each key.
+        rows: queries in a tile.
+        cols: keys in a tile.
+        half_window: W, or None; tiles that lie wholly outside the window are left out.
+
+    Raises:
+        ValueError: where shapes do not fit, or there are too many steps for a page.
+
+    Chapter 8 uses it.
+    """
+    scores, values = torch.as_tensor(scores).double(), torch.as_tensor(values).double()
+    length = len(values)
+    if values.dim() != 1 or not length or tuple(scores.shape) != (length, length):
+        raise ValueError(
+            f"scores of shape {tuple(scores.shape)} and values of shape {tuple(values.shape)}; "
+            "expected (L, L) and (L,)"
+        )
+    if rows < 1 or cols < 1:
+        raise ValueError(f"tiles of {rows} × {cols}; both must be 1 or more")
+    view = TileView(scores, values, rows, cols, half_window)
+    if len(view.steps) > MAX_STEPS:
+        raise ValueError(f"{len(view.steps)} steps; a page takes {MAX_STEPS}. Take larger tiles.")
+    return view
+
+
+class TileView:
+    """What `tile_view` returns: HTML in a notebook, the same steps as text elsewhere.
+
+    Attributes:
+        steps: for each tile its first query and key, and for each of its queries
+            (query, scores, maximum, factor, sum, accumulator); hidden scores are −∞.
+        tiles: how many tiles there are in all, those that are left out included.
+    """
+
+    def __init__(self, scores, values, rows, cols, half_window):
+        length = len(values)
+        self.rows, self.cols, self.length = rows, cols, length
+        self.steps = []
+        self.tiles = -(-length // rows) * -(-length // cols)
+        place = torch.arange(length)
+        if half_window is not None:
+            hidden = (place[:, None] - place).abs() > half_window
+            scores = scores.masked_fill(hidden, -torch.inf)
+        for top in range(0, length, rows):
+            maximum = torch.full((min(rows, length - top),), -torch.inf, dtype=scores.dtype)
+            total, mixed = torch.zeros_like(maximum), torch.zeros_like(maximum)
+            for left in range(0, length, cols):
+                tile = scores[top : top + rows, left : left + cols]
+                if tile.isneginf().all():
+                    continue
+                new = torch.maximum(maximum, tile.amax(dim=1))
+                shift = new.masked_fill(new.isneginf(), 0.0)
+                factor, powers = (maximum - shift).exp(), (tile - shift[:, None]).exp()
+                maximum, total = new, factor * total + powers.sum(dim=1)
+                mixed = factor * mixed + powers @ values[left : left + cols]
+                table = (maximum, factor, total, mixed)
+                lines = zip(*(x.tolist() for x in (tile, *table)), strict=True)
+                last = not (scores[top : top + rows, left + cols :] > -torch.inf).any()
+                self.steps.append((top, left, last, [(top + i, *x) for i, x in enumerate(lines)]))
+
+    def _told(self, number: int) -> str:
+        top, left, *_ = self.steps[number]
+        bottom, right = min(top + self.rows, self.length), min(left + self.cols, self.length)
+        return f"step {number + 1}: queries {top}–{bottom - 1}, keys {left}–{right - 1}"
+
+    def __repr__(self) -> str:
+        lines = [f"{len(self.steps)} of {self.tiles} tiles, {self.length} queries and keys"]
+        for number, (_, _, last, table) in enumerate(self.steps):
+            lines.append(self._told(number))
+            for query, _, maximum, factor, total, mixed in table:
+                result = f", result {mixed / total:.3f}" if last else ""
+                lines.append(
+                    f"  query {query}: maximum {_number(maximum)}, factor {factor:.3f}, "
+                    f"sum {total:.3f}, accumulator {mixed:.3f}{result}"
+                )
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        me = f"tv{uuid.uuid4().hex[:8]}"
+        names = [f"<span>{i}</span>" for i in range(1, len(self.steps) + 1)]
+        order = {step[:2]: i + 1 for i, step in enumerate(self.steps)}
+        tiles = "".join(
+            f'<i style="{self._place(top, left)};--n:{order.get((top, left), 0)}"'
+            f"{'' if (top, left) in order else ' class=x'}></i>"
+            for top in range(0, self.length, self.rows)
+            for left in range(0, self.length, self.cols)
+        )
+        panels = "".join(
+            f"<div hidden>{self._panel(number)}</div>" for number in range(len(self.steps))
+        )
+        return (
+            f'<div id="{me}" class="mb-tv"><style>{self._css(me)}</style>'
+            + _choices(me, "t", "Step: choose, or go on with ← →", names, 0)
+            + '<div class="r"><div><div class="g" role="img" aria-label="The square of scores, cut '
+            f'into tiles; a frame lies on the tile of this step.">{tiles}<b></b></div>'
+            "<small>row: query, column: key<br>coloured: taken in · hatched: left out</small></div>"
+            f'<div class="p" aria-live="polite">{panels}</div></div></div>'
+        )
+
+    def _place(self, top: int, left: int) -> str:
+        high, wide = min(self.rows, self.length - top), min(self.cols, self.length - left)
+        sizes = zip("yxhw", (top, left, high, wide), strict=True)
+        return ";".join(f"--{name}:{100 * size / self.length:g}%" for name, size in sizes)
+
+    def _panel(self, number: int) -> str:
+        _, _, last, table = self.steps[number]
+        head = "<tr><th>query<th>scores of the tile<th>maximum<th>factor<th>sum<th>accumulator"
+        body = "".join(
+            f"<tr><th>{query}<td>{' '.join(map(_number, scores))}<td>{_number(maximum)}"
+            f"<td>{factor:.3f}<td>{total:.3f}<td>{mixed:.3f}"
+            + (f"<td><b>{mixed / total:.3f}</b>" if last else "")
+            for query, scores, maximum, factor, total, mixed in table
+        )
+        head += "<th>accumulator ÷ sum" if last else ""
+        return f"<p>{self._told(number)}</p><table>{head}{body}</table>"
+
+    def _css(self, me: str) -> str:
+        rules = [_TILE_STYLE.replace("#ID", f"#{me}")]
+        for number, (top, left, *_) in enumerate(self.steps):
+            chosen = f"#{me}:has(.t>:nth-of-type({number + 1}) :checked)"
+            rules.append(f"{chosen}{{--s:{number + 1}}}{chosen} b{{{self._place(top, left)}}}")
+            rules.append(f"{chosen} .p>:nth-child({number + 1}){{display:block!important}}")
+        return "".join(rules)
+
+
+_TILE_STYLE = """
+#ID{--s:1;color:inherit;font-size:1em;line-height:1.5;max-width:46em;margin:.6em 0}
+#ID fieldset{border:0;margin:0 0 .5em;padding:0;min-width:0}
+#ID legend{float:none;width:auto;font-size:.85em;margin:0;padding:0;opacity:.8}
+#ID label{display:inline-block;position:relative;cursor:pointer;margin:0 .2em .25em 0}
+#ID input{position:absolute;inset:0;width:100%;height:100%;margin:0;opacity:0;cursor:pointer}
+#ID label>span{display:block;min-width:1.9em;padding:.15em .4em;text-align:center;
+border:1px solid rgba(128,128,128,.45);border-radius:4px}
+#ID label:has(:checked)>span{outline:2px solid currentColor;outline-offset:-1px;font-weight:600}
+#ID label:has(:focus-visible)>span{outline:3px solid #D55E00}
+#ID .r{display:flex;flex-wrap:wrap;gap:.8em 1.5em;align-items:flex-start}
+#ID .g{position:relative;width:12em;height:12em;border:1px solid rgba(128,128,128,.6)}
+#ID .g>*{position:absolute;box-sizing:border-box;top:var(--y);left:var(--x);
+height:var(--h);width:var(--w)}
+#ID .g i{border:1px solid rgba(128,128,128,.3);
+background:rgba(30,130,200,clamp(0,(var(--s) - var(--n) + 1)*.4,.4))}
+#ID .g i.x{background:
+repeating-linear-gradient(45deg,transparent 0 4px,rgba(128,128,128,.35) 4px 5px)}
+#ID .g b{border:3px solid #D55E00;transition:top .4s,left .4s}
+#ID .p{flex:1 1 18em;min-width:0;overflow-x:auto}
+#ID .p p{margin:0 0 .3em}
+#ID table{border-collapse:collapse;font-size:.85em;margin:0;color:inherit;background:none}
+#ID td,#ID th{padding:.15em .55em;text-align:right;font-variant-numeric:tabular-nums;
+border:0;border-bottom:1px solid rgba(128,128,128,.35);color:inherit;background:none}
+#ID tr{background:none!important}#ID td:nth-child(2){white-space:nowrap}
+#ID small{opacity:.8;line-height:1.3;display:block}
+@media (prefers-reduced-motion:reduce){#ID .g b{transition:none}}
+""".replace("\n", "")
+
+
+def _number(value: float) -> str:
+    return "−∞" if value == float("-inf") else f"{value:.1f}".replace("-", "−")
