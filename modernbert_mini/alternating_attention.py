@@ -109,7 +109,9 @@ def packed_sdpa_attention(
     return torch.cat(out, dim=-2)[0], None
 
 
-def band_mask(cu_seqlens: torch.Tensor, half_window: int) -> torch.Tensor:
+def band_mask(
+    cu_seqlens: torch.Tensor, half_window: int, num_tokens: int | None = None
+) -> torch.Tensor:
     """The keys that each query of a packed stream may see, block by block.
 
     The stream is cut into blocks at least as long as half a window. What a query may see then
@@ -118,6 +120,7 @@ def band_mask(cu_seqlens: torch.Tensor, half_window: int) -> torch.Tensor:
     Args:
         cu_seqlens: (S + 1,) integers from 0 to N.
         half_window: W.
+        num_tokens: N; counted when not given, for which a GPU has to be waited for.
 
     Returns:
         (blocks, 1, size, 3·size) bool: for each block its queries, and the keys of the block
@@ -125,7 +128,7 @@ def band_mask(cu_seqlens: torch.Tensor, half_window: int) -> torch.Tensor:
     """
     lengths = cu_seqlens.diff()  # (S,)
     sequence = torch.arange(len(lengths), device=cu_seqlens.device)  # (S,)
-    sequence = sequence.repeat_interleave(lengths)  # (N,)
+    sequence = sequence.repeat_interleave(lengths, output_size=num_tokens)  # (N,)
     # Blocks of a handful of tokens would cost more in overhead than they spare in work.
     size = min(max(half_window, 16), len(sequence))
     # What fills up the last block belongs to no sequence; nor does what lies beyond both ends.
@@ -191,9 +194,12 @@ def padded_backends(
 
 
 def packed_backends(
-    implementation: str, cu_seqlens: torch.Tensor, half_windows: dict[str, int | None]
+    implementation: str,
+    cu_seqlens: torch.Tensor,
+    half_windows: dict[str, int | None],
+    num_tokens: int | None = None,
 ) -> dict[str, Attend]:
-    """The same for a packed stream with boundaries ``cu_seqlens`` (S + 1,)."""
+    """The same for a packed stream of ``num_tokens`` with boundaries ``cu_seqlens`` (S + 1,)."""
     if implementation == "eager":
         return {
             kind: partial(eager_attention, mask=packed_mask(cu_seqlens, half_window))
@@ -203,6 +209,6 @@ def packed_backends(
     return {
         kind: partial(packed_sdpa_attention, lengths=lengths)
         if half_window is None
-        else partial(banded_attention, mask=band_mask(cu_seqlens, half_window))
+        else partial(banded_attention, mask=band_mask(cu_seqlens, half_window, num_tokens))
         for kind, half_window in half_windows.items()
     }

@@ -24,13 +24,47 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of ``path`` at the end: a reader never sees half of it."""
+    """Open a file that takes the place of ``path`` at the end: a reader never sees half of it.
+
+    Where the writing fails, the old file stays and the half of the new one is removed, so that a
+    full disk has room again.
+    """
     beside = path.with_name(f".{path.name}.partial")
-    with beside.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def claiming(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process; the claim ends with the process, however it ends.
+
+    Raises:
+        BlockingIOError: where another process holds it. Where locks are unknown (Windows, some
+            network folders), nobody is kept out.
+    """
+    lock = None
+    if fcntl is not None:
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise BlockingIOError(f"{folder} is in use by another process") from error
+        except OSError:
+            pass  # a file system without locks
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command line: ``modernbert-mini fill-mask``, ``inspect``, ``pretrain``.
+"""The command line: ``modernbert-mini fill-mask``, ``inspect``, ``benchmark``, ``pretrain``.
 
 Everything heavy is imported inside the command that needs it, so ``--help`` answers at once.
 """
@@ -18,6 +18,7 @@ from . import __version__
 
 if TYPE_CHECKING:
     from .config import ModernBertConfig
+    from .fine_tuning import Task
     from .sources import Source
 
 PROGRAM = "modernbert-mini"
@@ -115,15 +116,133 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--revision", help="branch, tag or commit of a Hub model")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
 
+    benchmark = add_command(
+        commands,
+        run_benchmark,
+        "benchmark",
+        "measure the speed of this package beside transformers",
+        f"""rows:
+  skewed     encoder, texts of skewed length in one padded batch
+  long       encoder, one long text
+  even       encoder, texts of equal length
+  mlm-score  scores for 15 % of the tokens
+  mlm-train  a training step of masked language modelling
+
+All contenders get the same random weights and the same inputs, and are timed in turn once their
+outputs have been found equal. Leave the machine alone meanwhile.
+
+examples:
+  {PROGRAM} benchmark --quick
+  {PROGRAM} benchmark --shape base 17m --json speed.json --plot speed.png""",
+    )
+    benchmark.add_argument(
+        "--rows", nargs="+", metavar="ROW", help="default: all; with base, those of the encoder"
+    )
+    benchmark.add_argument(
+        "--shape",
+        nargs="+",
+        metavar="SHAPE",
+        help="sizes of the models: base (ModernBERT), 17m (Ettin; default), mini (embedded)",
+    )
+    benchmark.add_argument(
+        "--repeats", type=positive, metavar="N", help="rounds of each row (default: 5, quick: 3)"
+    )
+    benchmark.add_argument(
+        "--threads", type=positive, metavar="N", help="default: as many as torch takes"
+    )
+    benchmark.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    benchmark.add_argument(
+        "--compile",
+        action="store_true",
+        help="encoders through torch.compile too, as always on a GPU; takes minutes on a CPU",
+    )
+    benchmark.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer and shorter texts, shape mini, no memory: seconds instead of minutes",
+    )
+    benchmark.add_argument("--json", metavar="FILE", help="write every measurement")
+    benchmark.add_argument("--plot", metavar="FILE", help="draw the ratios: .png, .svg or .pdf")
+
     pretrain = add_command(
         commands,
         run_pretrain,
         "pretrain",
         "train a model from random weights by masked language modelling",
-        "A run that was stopped goes on where it left off.",
+        f"""The recipe reads like the paper's table: a phase for each column, and what all share.
+A corpus is vital-articles, python-docs, wordnet, or a folder of your own text (.txt, .md, .jsonl).
+The run's folder gets log.jsonl, checkpoint.pt, loss.png and the finished model. A run that was
+stopped, even by kill -9 or a full disk, goes on from its last checkpoint with --resume.
+
+recipes that come with the package:
+  tiny              every part of the paper's recipe, small
+  modernbert-base   the paper's own, to read and to copy from
+
+examples:
+  {PROGRAM} pretrain --config tiny
+  {PROGRAM} pretrain --config recipe.toml --resume""",
     )
-    pretrain.add_argument("--config", required=True, metavar="FILE", help="the recipe, as TOML")
+    pretrain.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="the recipe: a .toml or .yaml file, or the name of one in the package",
+    )
+    pretrain.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint of the run's folder"
+    )
+
+    add_fine_tune(commands)
     return parser
+
+
+def add_fine_tune(commands: Any) -> None:
+    """The command ``fine-tune`` with its options."""
+    tune = add_command(
+        commands,
+        run_fine_tune,
+        "fine-tune",
+        "train a model for a task of yours, score it and save it",
+        f"""tasks, and what a row of DATA holds:
+  sequence-classification  text, label
+  token-classification     words, labels (lists; in CSV, cut at spaces)
+  question-answering       question, context, answer (words of the context); answer_start optional
+  multiple-choice          context, choices (in CSV: choice0, choice1, ...), label (an index from 0)
+  sentence-embedding       query, text
+
+DATA is a .csv file with a header, a .jsonl file with one object a line, "vital-articles" (made
+from Wikipedia's vital articles; needs no network) or "hub" (the usual data set of the task; needs
+the package datasets). A bad row stops the command before any training, and is named by its line.
+Without --test, a tenth of the rows is kept for the test.
+
+examples:
+  {PROGRAM} fine-tune sequence-classification vital-articles --baseline
+  {PROGRAM} fine-tune sequence-classification mails.csv --output mails
+  {PROGRAM} fine-tune sequence-classification mails.csv --predict new.csv > answers.jsonl""",
+    )
+    tune.add_argument("task", metavar="TASK", help="one of the five below")
+    tune.add_argument("data", metavar="DATA", help="rows to train on")
+    tune.add_argument("--test", metavar="FILE", help="rows to test on")
+    tune.add_argument(
+        "--predict", metavar="FILE", help="rows without labels: print answers as JSON"
+    )
+    tune.add_argument("--model", default="mini", help=MODEL_HELP)
+    tune.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    tune.add_argument("--output", metavar="FOLDER", help="save the model that was trained last")
+    tune.add_argument("--epochs", type=above_zero, metavar="X", help="may be below 1")
+    tune.add_argument("--lr", type=above_zero, metavar="X", help="learning rate of the head")
+    tune.add_argument(
+        "--layer-decay", type=above_zero, metavar="X", help="learning rate from layer to layer"
+    )
+    tune.add_argument("--frozen", action="store_true", help="train the head alone")
+    tune.add_argument("--batch-tokens", type=positive, metavar="N", help="tokens in a batch")
+    tune.add_argument("--max-length", type=positive, metavar="N", help="cut texts at N tokens")
+    tune.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="a run each (default: 0)"
+    )
+    tune.add_argument("--baseline", action="store_true", help="score the task's baseline too")
+    tune.add_argument("--device", default="cpu", help="such as cpu (default) or cuda")
+    tune.add_argument("--json", metavar="FILE", help="write settings and scores")
 
 
 def add_command(
@@ -230,24 +349,158 @@ def run_inspect(options: argparse.Namespace) -> None:
     print_table([(f"  {n:>3} ×", name, dtype, shape) for (name, dtype, shape), n in kinds.items()])
 
 
+def run_benchmark(options: argparse.Namespace) -> None:
+    """``benchmark``: measure row after row; what is finished stays, whatever stops the rest."""
+    for path in filter(None, (options.json, options.plot)):
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise ValueError(f"{path}: there is no such folder to write it to")
+    from itertools import count
+
+    import torch
+    from tqdm import tqdm
+
+    from . import benchmark
+
+    device = benchmark.find_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    work = benchmark.select_work(options.rows, options.shape, options.quick)
+    if options.plot:
+        benchmark.check_plot_name(options.plot)
+    repeats = options.repeats or (3 if options.quick else 5)
+    with_memory = not options.quick
+    machine = benchmark.describe_machine(device)
+    print("{cpu}, {threads} of {cores} cores; {device}, {dtype}; torch {torch}".format(**machine))
+    reason = benchmark.missing_reason()
+    print(reason or f"transformers {machine['transformers']}", flush=True)
+    settings = {"repeats": repeats, "quick": options.quick, "seed": benchmark.SEED}
+    results = []
+    steps = sum(
+        benchmark.count_steps(row, device, repeats, with_memory, options.compile) for row, _ in work
+    )
+    bar, named = tqdm(total=steps, unit="run", disable=None, leave=False), count()
+
+    def step(words: str) -> None:
+        bar.update(min(1, next(named)))  # what was named before is done
+        bar.set_description(f"{row.name} {shape}: {words}")
+
+    try:
+        for row, shape in work:
+            config = benchmark.shape_config(shape)
+            result = benchmark.measure(
+                row, shape, config, device, repeats, with_memory, step, options.compile
+            )
+            results.append(result)
+            bar.write("\n".join(["", *benchmark.table_lines(result)]), file=sys.stdout)
+            sys.stdout.flush()
+            if options.json:
+                benchmark.write_json(options.json, machine, settings, results)
+    finally:
+        bar.close()
+        if len(results) < len(work):
+            say(f"{len(results)} of {len(work)} rows are finished")
+        if options.plot and results:
+            benchmark.draw(results).savefig(options.plot)
+
+
 def run_pretrain(options: argparse.Namespace) -> None:
     """``pretrain``: carry out the recipe in a file and save the model."""
     from pathlib import Path
 
-    from .pretraining import PretrainingConfig, export, pretrain, process_rank
+    from .pretraining import export, pretrain
+    from .recipe import PretrainingConfig
 
-    try:
-        config = PretrainingConfig.from_toml(options.config)
-    except TypeError as error:  # a field that is missing or unknown
-        raise ValueError(f"{options.config}: {error}") from error
+    config = PretrainingConfig.from_file(options.config)
     folder = Path(config.folder)
-    is_first = process_rank()[0] == 0  # of several processes, one talks and saves
-    if is_first:
-        print(f"log: {folder / 'log.jsonl'}", flush=True)
-    run = pretrain(config)
-    if is_first:
-        export(folder, folder / "model")
-        print(f"{run.tokens:,} tokens seen; model: {folder / 'model'}")
+    print(f"log: {folder / 'log.jsonl'}", flush=True)
+    run = pretrain(config, resume=options.resume, progress=True)
+    scores = export(folder, folder / "model")["all"]
+    print(f"{run.tokens:,} tokens in {run.steps:,} steps, {run.seconds:,.0f} s of training")
+    print(
+        "held-out loss {loss:.3f}, masked accuracy top-1 {top1:.1%}, top-5 {top5:.1%}".format(
+            **scores
+        )
+    )
+    print(f"model: {folder / 'model'}\nplot: {folder / 'loss.png'}")
+
+
+def run_fine_tune(options: argparse.Namespace) -> None:
+    """``fine-tune``: read the rows, train once for each seed, score, save and predict."""
+    from .fine_tuning import TASKS
+    from .task_data import read_rows
+
+    if options.task not in TASKS:
+        raise ValueError(f"task {options.task!r} is not one of {', '.join(TASKS)}")
+    task = TASKS[options.task]
+    for path in filter(None, (options.json, options.output)):
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise ValueError(f"{path}: there is no such folder to write it to")
+    train, test = training_rows(task, options.data, options.test)
+    asked = read_rows(options.predict, task, labelled=False) if options.predict else []
+
+    from dataclasses import asdict, replace
+
+    import torch
+    from tqdm import tqdm
+
+    from .fine_tuning import evaluate, fine_tune, predict, save, spread
+    from .task_data import BASELINES
+    from .tokenizer import Tokenizer
+
+    names = ("epochs", "lr", "layer_decay", "batch_tokens", "max_length")
+    chosen = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
+    config = replace(task.defaults, frozen=options.frozen, **chosen)
+    tokenizer = Tokenizer.from_pretrained(options.model, options.revision)
+    say(f"{task.name}: {len(train):,} rows to train on, {len(test):,} to test on")
+    report = {"task": task.name, "model": options.model, "rows": [len(train), len(test)]}
+    report |= {"settings": asdict(config) | {"seed": options.seeds}, "runs": []}
+    cut = {"max_length": config.max_length}
+    for seed in options.seeds:
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the head is new is what was asked for
+            model = task.load(
+                options.model, train, revision=options.revision, device=options.device
+            )
+        with tqdm(unit="step", disable=None, leave=False) as bar:
+
+            def progress(step: int, steps: int, loss: float, bar: Any = bar) -> None:
+                bar.total, bar.n = steps, step
+                bar.set_postfix(loss=f"{loss:.3f}")
+
+            result = fine_tune(task, model, tokenizer, train, replace(config, seed=seed), progress)
+        scores = evaluate(task, model, tokenizer, test, **cut) if test else {}
+        report["runs"].append({"seed": seed, "seconds": result.seconds, **scores})
+        words = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        say(f"seed {seed}: {result.tokens:,} tokens in {result.seconds:.0f} s; {words}")
+    if len(options.seeds) > 1 and test:
+        mean, deviation = spread([run[task.metric] for run in report["runs"]])
+        say(f"{task.metric} {mean:.4f} ± {deviation:.4f} over {len(options.seeds)} seeds")
+    if options.baseline and test:
+        baseline = BASELINES[task.name]
+        scores = report["baseline"] = baseline.score(task, train, test)
+        words = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        say(f"baseline, {baseline.name}: {words}")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            file.write(json.dumps(report, indent=2) + "\n")
+    if options.output:
+        save(task, model, tokenizer, options.output)
+        say(f"model: {options.output}")
+    for answer in predict(task, model, tokenizer, asked, **cut) if asked else []:
+        print(json.dumps(task.printable(answer), ensure_ascii=False))
+
+
+def training_rows(task: Task, source: str, test: str | None) -> tuple[list[dict], list[dict]]:
+    """Rows to train and to test on, from files, from the vital articles or from the Hub."""
+    from .task_data import hub_task, read_rows, split_rows, vital_article_task
+
+    makers = {"vital-articles": vital_article_task, "hub": hub_task}
+    if source in makers:
+        rows = makers[source](task.name)
+        return rows.train, read_rows(test, task) if test else rows.test
+    rows = read_rows(source, task)
+    return (rows, read_rows(test, task)) if test else split_rows(rows)
 
 
 def read_texts(texts: list[str]) -> list[str]:
@@ -343,6 +596,14 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """A number above 0, for argparse."""
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
 
 

@@ -14,7 +14,7 @@ import torch
 
 from .config import ConfigError
 
-SDPA = 'Use attn_implementation="sdpa" instead.'
+AUTO = 'Use attn_implementation="auto" instead.'
 
 
 def flash_kernel(device: torch.device, dtype: torch.dtype, dropout: float = 0.0) -> Callable:
@@ -32,17 +32,29 @@ def flash_kernel(device: torch.device, dtype: torch.dtype, dropout: float = 0.0)
         ConfigError: saying whether device, its generation, dtype or library is missing.
     """
     if device.type != "cuda":
-        raise ConfigError(f"tensors on the {device.type}", "a CUDA device", SDPA)
+        raise ConfigError(f"tensors on the {device.type}", "a CUDA device", AUTO)
     # By generation, not by torch.cuda.is_bf16_supported(), which is true where it is emulated.
     cc = torch.cuda.get_device_capability(device)  # Ampere: (8, 0); Colab's T4: (7, 5)
     if cc < (8, 0) or dtype not in (torch.bfloat16, torch.float16):
-        raise ConfigError(f"{dtype} on compute capability {cc}", "16 bits on (8, 0) or later", SDPA)
+        raise ConfigError(f"{dtype} on compute capability {cc}", "16 bits on (8, 0) or later", AUTO)
     needed = {"window_size", "dropout_p"} if dropout else {"window_size"}
     for name in ("flash_attn.flash_attn_varlen_func", "torch.nn.attention.varlen.varlen_attn"):
         with suppress(ImportError, AttributeError):
             if needed <= signature(kernel := resolve_name(name)).parameters.keys():
                 return kernel
-    raise ConfigError(f"no kernel that takes {sorted(needed)}", "flash-attn or a newer torch", SDPA)
+    raise ConfigError(f"no kernel that takes {sorted(needed)}", "flash-attn or a newer torch", AUTO)
+
+
+def flash_works(device: torch.device, dtype: torch.dtype, dropout: float = 0.0) -> bool:
+    """Whether ``flash_kernel`` finds one."""
+    with suppress(ConfigError):
+        return bool(flash_kernel(device, dtype, dropout))
+    return False
+
+
+# They look for libraries, which no graph can: torch.compile is to ask once. This is what
+# torch.compiler.assume_constant_result says too, importing the whole compiler to do so.
+flash_kernel._dynamo_marked_constant = flash_works._dynamo_marked_constant = True
 
 
 def flash_attention(

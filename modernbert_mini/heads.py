@@ -102,6 +102,21 @@ class EncoderWithHead(PretrainedModel):
             init_parameter(name, parameter, self.config)
 
 
+class EncoderWithClassifier(EncoderWithHead):
+    """What four of them share: a linear classifier on top, one output per label by default."""
+
+    def __init__(
+        self,
+        config: ModernBertConfig,
+        attn_implementation: str = "auto",
+        outputs: int | None = None,
+    ):
+        super().__init__(config, attn_implementation)
+        self.drop = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, outputs or config.num_labels)
+        self.init_weights()
+
+
 class ModernBertForMaskedLM(EncoderWithHead):
     """Which token stands behind each [MASK]: logits (B, L, V), or (N, V) for a packed stream.
 
@@ -139,9 +154,13 @@ class ModernBertForMaskedLM(EncoderWithHead):
             labels: shape of ``input_ids``, ids; ``sparse_pred_ignore_index`` where no loss counts.
             encoder_options: as in ``ModernBertModel.forward``.
         """
-        encoded = self.model(
-            input_ids, attention_mask, position_ids, inputs_embeds, **encoder_options
+        inputs, restore = self.model.unpadded(
+            *(input_ids, attention_mask, position_ids, inputs_embeds),
+            labels=labels,
+            **encoder_options,
         )
+        labels = inputs.pop("labels")
+        encoded = self.model(**inputs)
         x = encoded.last_hidden_state
         ignore = self.config.sparse_pred_ignore_index if self.config.sparse_prediction else -100
         if self.config.sparse_prediction and labels is not None:
@@ -151,17 +170,13 @@ class ModernBertForMaskedLM(EncoderWithHead):
         if labels is not None:
             scores = logits.flatten(0, -2).float()
             loss = F.cross_entropy(scores, labels.flatten(), ignore_index=ignore)
-        return _output(encoded, logits, loss)
+            if self.config.sparse_prediction:
+                return _output(encoded, logits, loss)
+        return _output(encoded, restore(logits), loss, restore)
 
 
-class ModernBertForSequenceClassification(EncoderWithHead):
+class ModernBertForSequenceClassification(EncoderWithClassifier):
     """One label, several or a number for each text: logits (B, num_labels)."""
-
-    def __init__(self, config: ModernBertConfig, attn_implementation: str = "auto"):
-        super().__init__(config, attn_implementation)
-        self.drop = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.init_weights()
 
     def forward(
         self,
@@ -181,12 +196,7 @@ class ModernBertForSequenceClassification(EncoderWithHead):
             encoder_options: as in ``ModernBertModel.forward``.
         """
         encoded = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
-            cu_seqlens=cu_seqlens,
-            **encoder_options,
+            input_ids, attention_mask, position_ids, inputs_embeds, cu_seqlens, **encoder_options
         )
         x = encoded.last_hidden_state
         if cu_seqlens is not None:
@@ -213,14 +223,8 @@ class ModernBertForSequenceClassification(EncoderWithHead):
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
-class ModernBertForTokenClassification(EncoderWithHead):
+class ModernBertForTokenClassification(EncoderWithClassifier):
     """A label for each token: logits (B, L, num_labels), or (N, num_labels) when packed."""
-
-    def __init__(self, config: ModernBertConfig, attn_implementation: str = "auto"):
-        super().__init__(config, attn_implementation)
-        self.drop = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.init_weights()
 
     def forward(
         self,
@@ -237,24 +241,22 @@ class ModernBertForTokenClassification(EncoderWithHead):
             labels: shape of ``input_ids``, class ids; −100 where no loss counts.
             encoder_options: as in ``ModernBertModel.forward``.
         """
-        encoded = self.model(
-            input_ids, attention_mask, position_ids, inputs_embeds, **encoder_options
+        inputs, restore = self.model.unpadded(
+            *(input_ids, attention_mask, position_ids, inputs_embeds),
+            labels=labels,
+            **encoder_options,
         )
+        labels = inputs.pop("labels")
+        encoded = self.model(**inputs)
         logits = self.classifier(self.drop(self.head(encoded.last_hidden_state)))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())
-        return _output(encoded, logits, loss)
+        return _output(encoded, restore(logits), loss, restore)
 
 
-class ModernBertForQuestionAnswering(EncoderWithHead):
+class ModernBertForQuestionAnswering(EncoderWithClassifier):
     """Where in the text the answer starts and ends: two logits for each token."""
-
-    def __init__(self, config: ModernBertConfig, attn_implementation: str = "auto"):
-        super().__init__(config, attn_implementation)
-        self.drop = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.init_weights()
 
     def forward(
         self,
@@ -274,13 +276,11 @@ class ModernBertForQuestionAnswering(EncoderWithHead):
                 beyond its end add no loss.
             encoder_options: as in ``ModernBertModel.forward``.
         """
+        if start_positions is not None:
+            # As in transformers, the loss counts padding among the places, with its numbers.
+            encoder_options["keep_padded"] = True
         encoded = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
-            cu_seqlens=cu_seqlens,
-            **encoder_options,
+            input_ids, attention_mask, position_ids, inputs_embeds, cu_seqlens, **encoder_options
         )
         logits = self.classifier(self.drop(self.head(encoded.last_hidden_state)))
         start_logits, end_logits = logits.unbind(dim=-1)
@@ -297,14 +297,11 @@ class ModernBertForQuestionAnswering(EncoderWithHead):
         )
 
 
-class ModernBertForMultipleChoice(EncoderWithHead):
+class ModernBertForMultipleChoice(EncoderWithClassifier):
     """Which of several endings fits best: logits (B, choices)."""
 
     def __init__(self, config: ModernBertConfig, attn_implementation: str = "auto"):
-        super().__init__(config, attn_implementation)
-        self.drop = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, 1)
-        self.init_weights()
+        super().__init__(config, attn_implementation, outputs=1)
 
     def forward(
         self,
@@ -341,12 +338,7 @@ class ModernBertForMultipleChoice(EncoderWithHead):
                 "Pass num_choices=… beside cu_seqlens.",
             )
         encoded = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
-            cu_seqlens=cu_seqlens,
-            **encoder_options,
+            input_ids, attention_mask, position_ids, inputs_embeds, cu_seqlens, **encoder_options
         )
         x = encoded.last_hidden_state
         if cu_seqlens is not None:
@@ -417,5 +409,6 @@ def _position_loss(logits, positions, cu_seqlens):
     return F.cross_entropy(logits, positions, ignore_index=logits.shape[1])
 
 
-def _output(encoded: EncoderOutput, logits, loss) -> HeadOutput:
-    return HeadOutput(logits, loss, encoded.hidden_states, encoded.attentions)
+def _output(encoded: EncoderOutput, logits, loss, restore=lambda x: x) -> HeadOutput:
+    states = encoded.hidden_states and tuple(map(restore, encoded.hidden_states))
+    return HeadOutput(logits, loss, states, encoded.attentions)

@@ -117,7 +117,7 @@ def residual_stream(model: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
         for module in (*encoder.layers, encoder.final_norm):
             keep = module.register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0]))
             hooks.enter_context(keep)  # leaving the block removes the hook
-        encoder(**inputs)
+        encoder(**inputs, keep_padded=True)
     return torch.stack(stream)  # (..., L, C)
 
 
@@ -289,7 +289,7 @@ def head_means(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -
                 lambda _, inputs: mixed.append(inputs[0])
             )
             hooks.enter_context(keep)
-        encoder(**inputs)
+        encoder(**inputs, keep_padded=True)
     means = torch.stack([x[tokens.bool()].mean(dim=0) for x in mixed])  # (layers, C)
     return means.unflatten(-1, (model.config.num_attention_heads, -1))
 

@@ -5,8 +5,10 @@ arXiv:2412.13663, section 2 and table 4.
 """
 
 import math
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +18,15 @@ from .alternating_attention import packed_backends, padded_backends
 from .attention import Attend, Attention
 from .checkpoints import PretrainedModel
 from .config import ConfigError, ModernBertConfig
+from .flash_attention import flash_attention, flash_kernel, flash_works
 from .geglu import GeGLU
+from .inputs import check_inputs
+from .operators import compiled_backends
 from .rope import inverse_frequencies, rotary_table
+from .unpadding import pad, positions, unpad
 
-IMPLEMENTATIONS = ("auto", "eager", "sdpa")
+IMPLEMENTATIONS = ("auto", "eager", "sdpa", "flash_attention_2", "triton")
+KERNELS = ("flash_attention_2", "triton")  # they know packed streams alone
 
 
 @dataclass
@@ -35,6 +42,11 @@ class EncoderOutput:
     last_hidden_state: torch.Tensor
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def unchanged(x):
+    """What puts back a batch that was never unpadded."""
+    return x
 
 
 def layer_norm(config: ModernBertConfig) -> nn.LayerNorm:
@@ -98,7 +110,9 @@ class ModernBertModel(PretrainedModel):
 
     Args:
         config: its sizes.
-        attn_implementation: "eager" (returns weights), "sdpa" (fast), or "auto".
+        attn_implementation: "eager" (returns weights), "sdpa" (fast everywhere),
+            "flash_attention_2" or "triton" (GPU kernels for packed streams), or "auto", the
+            fastest that this machine and this batch allow.
 
     Raises:
         ConfigError: for an unknown implementation.
@@ -140,6 +154,7 @@ class ModernBertModel(PretrainedModel):
         max_seqlen: int | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        keep_padded: bool = False,
     ) -> EncoderOutput:
         """Encode a padded batch or a packed stream.
 
@@ -152,17 +167,21 @@ class ModernBertModel(PretrainedModel):
             max_seqlen: length of the longest packed sequence; computed when not given.
             output_hidden_states: whether to return what each layer puts out.
             output_attentions: whether to return attention weights; uses the eager backend.
+            keep_padded: whether "auto" computes padding like text, as transformers does. By
+                default it leaves padding out wherever that pays, and returns zeros there; hooks on
+                its layers then see the stream.
 
         Raises:
-            ConfigError: where inputs disagree with each other or with the config.
+            ConfigError: where inputs disagree with each other, with the config or the machine.
         """
-        if not torch.compiler.is_compiling():  # looking into tensors would break the graph
-            check_inputs(
-                self.config, input_ids, attention_mask, position_ids, inputs_embeds, cu_seqlens
-            )
-        x = self.embeddings(input_ids, inputs_embeds)  # (..., L, C)
-        attend = self._backends(x, attention_mask, cu_seqlens, output_attentions)
-        rope = self._rotary_tables(x, position_ids, cu_seqlens)
+        batch, restore = self.unpadded(
+            *(input_ids, attention_mask, position_ids, inputs_embeds, cu_seqlens, max_seqlen),
+            output_attentions=output_attentions,
+            keep_padded=keep_padded,
+        )
+        x = self.embeddings(batch["input_ids"], batch["inputs_embeds"])  # (..., L, C)
+        attend = self._backends(x, **batch)
+        rope = self._rotary_tables(x, batch["position_ids"], batch["cu_seqlens"])
         hidden_states, attentions = [x], []
         for layer in self.layers:
             x, weights = self._run(layer, x, *rope[layer.kind], attend[layer.kind])
@@ -170,13 +189,86 @@ class ModernBertModel(PretrainedModel):
                 hidden_states.append(x)
             if output_attentions:
                 attentions.append(weights)
-        x = self.final_norm(x)
-        hidden_states[-1] = x
+        x = restore(self.final_norm(x))
+        hidden_states = (*map(restore, hidden_states[:-1]), x)
         return EncoderOutput(
             last_hidden_state=x,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            hidden_states=hidden_states if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+    def unpadded(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        **others: Any,
+    ) -> tuple[dict[str, Any], Callable]:
+        """Check a batch, and make a packed stream of it where that pays.
+
+        ``forward`` does so itself. A head that goes on with the stream calls it first, and so
+        does who has compiled the model: ``torch.compile`` cannot look into a mask.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds, cu_seqlens, max_seqlen: as in
+                ``forward``.
+            others: what else ``forward`` takes; ``labels`` (B, L) may be among them.
+
+        Returns:
+            All of it as a packed stream, and a function that puts results (N, ...) back into
+            (B, L, ...). Where nothing is gained: the batch, and a function that does nothing.
+
+        Raises:
+            ConfigError: where inputs disagree with each other, with the config or the machine.
+        """
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        batch |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        batch |= {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen} | others
+        if torch.compiler.is_compiling():
+            return batch, unchanged
+        given = (input_ids, attention_mask, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
+        check_inputs(self.config, *given)
+        if cu_seqlens is not None or not self._pays(**batch):
+            return batch | {"keep_padded": True}, unchanged
+        if attention_mask is None:
+            attention_mask = torch.ones_like(_first(input_ids, inputs_embeds)).bool()
+        if position_ids is not None:
+            batch["position_ids"] = position_ids.expand(attention_mask.shape)
+        _, indices, cu_seqlens, longest = unpad(attention_mask, attention_mask)
+        rows, length = attention_mask.shape
+        stream = {
+            name: unpad(x, attention_mask)[0] if torch.is_tensor(x) else x
+            for name, x in batch.items()
+        }
+        stream |= {"attention_mask": None, "cu_seqlens": cu_seqlens, "max_seqlen": longest}
+        return stream, partial(pad, indices=indices, batch=rows, length=length)
+
+    def _pays(
+        self,
+        input_ids,
+        attention_mask,
+        inputs_embeds,
+        labels=None,
+        output_attentions=False,
+        keep_padded=False,
+        **_,
+    ) -> bool:
+        """Whether a padded batch is to run as a packed stream."""
+        if output_attentions or self.attn_implementation in KERNELS:
+            return not output_attentions
+        if self.attn_implementation != "auto" or keep_padded:
+            return False
+        if attention_mask is None or attention_mask.all():
+            # Local layers gain by their band, and a GPU by its kernel.
+            length = _first(input_ids, inputs_embeds).shape[1]
+            return length > 2 * self.config.half_window or self._implementation(False) in KERNELS
+        # As in transformers, pooling may read position 0 and a loss may count labels on padding.
+        read = self.config.classifier_pooling == "cls" and (attention_mask[:, 0] == 0).any()
+        counted = labels is not None and (labels[attention_mask == 0] >= 0).any()
+        return not (read or counted)
 
     def _run(self, layer, *inputs):
         """Run a layer; when checkpointing, drop its activations and compute them again later."""
@@ -184,24 +276,50 @@ class ModernBertModel(PretrainedModel):
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
-    def _backends(self, x, attention_mask, cu_seqlens, output_attentions):
-        name = self.attn_implementation
+    def _implementation(self, output_attentions: bool) -> str:
+        """The backend's name, with "auto" resolved."""
         if output_attentions:
-            name = "eager"  # the only one that ever holds the weights
-        elif name == "auto":
-            name = "sdpa"
+            return "eager"  # the only one that ever holds the weights
+        if self.attn_implementation != "auto":
+            return self.attn_implementation
+        return "flash_attention_2" if flash_works(*self._machine()) else "sdpa"
+
+    def _machine(self) -> tuple[torch.device, torch.dtype, float]:
+        """Device, dtype and dropout of attention."""
+        weight = self.get_input_embeddings().weight
+        dtype, kind = weight.dtype, weight.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return weight.device, dtype, self.config.attention_dropout if self.training else 0.0
+
+    def _backends(
+        self, x, attention_mask=None, cu_seqlens=None, max_seqlen=None, output_attentions=False, **_
+    ) -> dict[str, Attend]:
+        """One backend for each kind of layer, bound to this batch."""
+        name = self._implementation(output_attentions)
         half_windows = {"full_attention": None, "sliding_attention": self.config.half_window}
-        if cu_seqlens is not None:
-            return packed_backends(name, cu_seqlens, half_windows)
-        return padded_backends(name, attention_mask, x.shape[1], half_windows, x.device)
+        if cu_seqlens is None:
+            name = "sdpa" if name in KERNELS else name
+            return padded_backends(name, attention_mask, x.shape[1], half_windows, x.device)
+        if name == "sdpa" and torch.compiler.is_compiling():
+            return compiled_backends(cu_seqlens, half_windows, len(x))
+        if name not in KERNELS:
+            return packed_backends(name, cu_seqlens, half_windows, len(x))
+        if name == "triton":
+            from .triton_kernel import triton_attention as attend  # imports Triton, if there
+        else:
+            attend = partial(flash_attention, kernel=flash_kernel(*self._machine()))
+        if max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max())
+        bounds = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        return {kind: partial(attend, **bounds, half_window=w) for kind, w in half_windows.items()}
 
     def _rotary_tables(self, x, position_ids, cu_seqlens):
         """cos and sin for each kind of layer, shaped to broadcast against (..., H, L, D)."""
         if position_ids is None:
             position_ids = torch.arange(x.shape[-2], device=x.device)
             if cu_seqlens is not None:
-                starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
-                position_ids = position_ids - starts
+                position_ids = positions(cu_seqlens, len(x))
         if position_ids.dim() == 2:
             position_ids = position_ids[:, None]  # (B, 1, L)
         tables = {}
@@ -228,6 +346,11 @@ class ModernBertModel(PretrainedModel):
         """Draw every weight anew."""
         for name, parameter in self.named_parameters():
             init_parameter(name, parameter, self.config)
+
+
+def _first(input_ids, inputs_embeds):
+    """One number for each token, (B, L)."""
+    return input_ids if inputs_embeds is None else inputs_embeds[..., 0]
 
 
 @torch.no_grad()
@@ -272,102 +395,3 @@ def initial_std(module: str, config: ModernBertConfig) -> float:
         "decoder": residual,
         "classifier": config.hidden_size**-0.5,
     }[module]
-
-
-def check_inputs(
-    config: ModernBertConfig,
-    input_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-) -> None:
-    """Refuse input that the model could only answer with an error or with nonsense.
-
-    Raises:
-        ConfigError: saying what was found, what was expected and what to do.
-    """
-    if (input_ids is None) == (inputs_embeds is None):
-        both = "both" if input_ids is not None else "neither"
-        raise ConfigError(f"{both} of input_ids and inputs_embeds", "one of them", "Pass one.")
-    shape = tuple(input_ids.shape) if input_ids is not None else tuple(inputs_embeds.shape[:-1])
-    packed = cu_seqlens is not None
-    if len(shape) != (1 if packed else 2):
-        raise ConfigError(
-            f"input of shape {shape}" + (" with cu_seqlens" if packed else ""),
-            "(tokens,) with cu_seqlens, or (batch, length) without",
-            "A single text needs a batch dimension: input_ids[None].",
-        )
-    if 0 in shape:
-        raise ConfigError(f"input of shape {shape}", "at least one token", "Drop empty input.")
-    if input_ids is not None:
-        if input_ids.is_floating_point() or input_ids.is_complex():
-            raise ConfigError(
-                f"input_ids of dtype {input_ids.dtype}",
-                "integers",
-                "Pass vectors as inputs_embeds.",
-            )
-        low, high = (int(x) for x in input_ids.aminmax())
-        if low < 0 or high >= config.vocab_size:
-            raise ConfigError(
-                f"token id {low if low < 0 else high}",
-                f"0 to {config.vocab_size - 1}, the model's vocabulary",
-                "Use the tokenizer of this very checkpoint.",
-            )
-    if attention_mask is not None:
-        _check_attention_mask(attention_mask, shape, packed)
-    if position_ids is not None and tuple(position_ids.shape) not in {
-        shape,
-        shape[-1:],
-        (1, shape[-1]),
-    }:
-        raise ConfigError(
-            f"position_ids of shape {tuple(position_ids.shape)} for input of shape {shape}",
-            "one position for each token",
-            "Leave position_ids out to count from 0.",
-        )
-    longest = shape[-1]
-    if packed:
-        longest = _check_cu_seqlens(cu_seqlens, shape[0])
-    if longest > config.max_position_embeddings:
-        warnings.warn(
-            f"{longest} tokens in a sequence; the config states at most "
-            f"{config.max_position_embeddings}. The output may be poor: truncate the text.",
-            stacklevel=3,
-        )
-
-
-def _check_attention_mask(attention_mask, shape, packed):
-    if packed:
-        raise ConfigError(
-            "attention_mask beside cu_seqlens",
-            "one of them",
-            "A packed stream has no padding: leave attention_mask out.",
-        )
-    if tuple(attention_mask.shape) != shape:
-        raise ConfigError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} for input of shape {shape}",
-            "the same shape",
-            "Take both from one call of the tokenizer.",
-        )
-    empty = (~attention_mask.bool().any(dim=-1)).nonzero().flatten().tolist()
-    if empty:
-        raise ConfigError(
-            f"no real token in row {empty[0]} of attention_mask",
-            "at least one in each row",
-            "Drop the empty rows.",
-        )
-
-
-def _check_cu_seqlens(cu_seqlens, num_tokens) -> int:
-    """Check the boundaries of a packed stream; return the length of its longest sequence."""
-    bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
-    if bounds[:1] != [0] or bounds[-1] != num_tokens or not lengths or min(lengths) < 1:
-        shown = ", ".join(map(str, bounds[:8])) + (", …" if len(bounds) > 8 else "")
-        raise ConfigError(
-            f"cu_seqlens [{shown}] for {num_tokens} tokens",
-            f"boundaries that start at 0, rise, and end at {num_tokens}",
-            "They are the cumulative sum of the lengths, with a 0 in front.",
-        )
-    return max(lengths)

@@ -12,8 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from .config import ModernBertConfig
 from .fill_mask import FillMask
 from .heads import ModernBertForMaskedLM
+from .recipe import DURATIONS, PretrainingConfig
 from .tokenizer import Tokenizer
 
 PROMPTS = (
@@ -42,7 +44,8 @@ def write_card(
     answers = {prompt: FillMask(model, tokenizer)(prompt, top_k=5) for prompt in PROMPTS}
     (target / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     draw_curve(facts, target / "loss.png")
-    (target / "README.md").write_text(card(facts, answers), encoding="utf-8")
+    text = card(facts, answers, model.config, Path(target).resolve().name)
+    (target / "README.md").write_text(text, encoding="utf-8")
 
 
 def summarise(log: list[dict]) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def summarise(log: list[dict]) -> dict[str, Any]:
     peak = max(line["lr"] for line in train)
     stride = -(-len(train) // LARGEST_CURVE)
     return {
-        "recipe": recipe | {"total_tokens": last["tokens"]},
+        "recipe": recipe,
         "decay_started_at": max(line["tokens"] for line in train if line["lr"] == peak),
         "parameters": starts[-1]["parameters"],
         "corpora": starts[-1]["corpora"],
@@ -99,49 +102,63 @@ def draw_curve(facts: dict[str, Any], path: Path) -> None:
     baseline = facts["unigram"]["all"]["loss"]
     ax.axhline(baseline, label="unigram baseline", color=plots.PALETTE["black"], lw=1)
     ax.set(xlabel="tokens seen (millions)", ylabel="loss (nats per masked token)")
-    ax.set_title("The masked loss falls far below the unigram baseline")
+    ax.set_title("Training and held-out loss against the tokens seen")
     ax.legend()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
 
-def card(facts: dict[str, Any], answers: dict[str, list[dict]]) -> str:
+def card(
+    facts: dict[str, Any], answers: dict[str, list[dict]], config: ModernBertConfig, name: str
+) -> str:
     """The text of README.md."""
     recipe, machine = facts["recipe"], facts["machine"]
-    model = recipe["model"]
     scores, baseline = facts["held_out"], facts["unigram"]
     wall = seconds_between(facts["started"], facts["ended"])
-    heads = model["num_attention_heads"]
+    every, thetas = config.global_attn_every_n_layers, config.rope_parameters
+    bases = [f"{thetas[kind]['rope_theta']:,.0f}" for kind in sorted(thetas)]
+    mini = name == "mini"
+    titles = {
+        True: "mini: a small ModernBERT for teaching",
+        False: f"{name}: a masked language model",
+    }
+    share_alike = any(c["licence"].startswith("CC BY-SA") for c in facts["corpora"])
     lines = [
         "---",
         "language: en",
-        "license: cc-by-sa-4.0",
+        *(["license: cc-by-sa-4.0"] if share_alike else []),
         "library_name: transformers",
         "pipeline_tag: fill-mask",
-        "tags: [modernbert, masked-lm, teaching]",
+        "tags: [modernbert, masked-lm]",
         "---",
         "",
-        "# mini: a small ModernBERT for teaching",
+        f"# {titles[mini]}",
         "",
         f"A masked language model of {facts['parameters']:,} parameters with ModernBERT's "
-        "architecture, trained from random weights by the recipe in `pretraining.py`. It exists so "
-        "that every chapter runs offline in seconds. It is no model to build a product on.",
+        "architecture, pre-trained from scratch by the recipe in `pretraining.py`."
+        + (
+            " It exists so that every chapter runs offline in seconds. It is no model to build a "
+            "product on."
+            if mini
+            else ""
+        ),
         "",
         "```python",
         "from modernbert_mini import FillMask, ModernBertForMaskedLM, Tokenizer",
         "",
-        'model = ModernBertForMaskedLM.from_pretrained("mini")',
-        'tokenizer = Tokenizer.from_pretrained("mini")',
+        f'model = ModernBertForMaskedLM.from_pretrained("{name}")',
+        f'tokenizer = Tokenizer.from_pretrained("{name}")',
         'FillMask(model, tokenizer)("The capital of France is [MASK].")',
         "```",
         "",
         "## Architecture",
         "",
-        f"{model['num_hidden_layers']} layers, hidden size {model['hidden_size']}, {heads} heads "
-        f"of {model['hidden_size'] // heads} dimensions, GeGLU of {model['intermediate_size']}, "
-        f"vocabulary of {recipe['vocab_size']:,}; all else as in ModernBERT-base (every third "
-        "layer global, a local window of 128 tokens, rotary bases 160,000 and 10,000). Files, "
-        "names and tokenizer have the published form, so `transformers` loads the folder too.",
+        f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
+        f"{config.num_attention_heads} heads of {config.head_dim} dimensions, GeGLU of "
+        f"{config.intermediate_size}, vocabulary of {config.vocab_size:,}; one layer in {every} "
+        f"global, a local window of {config.local_attention} tokens, rotary bases {bases[0]} "
+        f"(global) and {bases[1]} (local); all else as in ModernBERT-base. Files, names and "
+        "tokenizer have the published form, so `transformers` loads the folder too.",
         "",
         "## Held-out scores",
         "",
@@ -154,8 +171,8 @@ def card(facts: dict[str, Any], answers: dict[str, list[dict]]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|",
         *(score_row(name, scores[name], baseline[name]) for name in scores),
         "",
-        "![Line chart: training and held-out loss in nats per masked token fall fast at first and "
-        "then slowly, far below the flat line of the unigram baseline](loss.png)",
+        "![Line chart: training and held-out loss in nats per masked token against the tokens "
+        "seen, with the unigram baseline as a flat line](loss.png)",
         "",
         "## What it says",
         "",
@@ -171,17 +188,16 @@ def card(facts: dict[str, Any], answers: dict[str, list[dict]]) -> str:
         "",
         *(f"- **{c['name']}**: {c['source']}; sha256 `{c['sha256']}`." for c in facts["corpora"]),
         "",
-        "WordNet 3.0 is copyright 2006 by Princeton University; the text of Wikipedia is by its "
-        "authors. Since much of the training text is under CC BY-SA 4.0, so are these weights.",
-        "",
+        *licence_lines(facts["corpora"], share_alike),
         "## Recipe",
         "",
         *recipe_lines(facts),
         "",
         "## Hardware and time",
         "",
-        f"{machine['processor']}, no GPU: {machine['processes']} process(es) of "
-        f"{machine['threads']} thread(s), float32, Python {machine['python']}, torch "
+        f"{machine['processor']}, {gpu(machine)}: {machine['processes']} process(es) of "
+        f"{machine['threads']} thread(s), {machine.get('precision', 'float32')}, Python "
+        f"{machine['python']}, torch "
         f"{machine['torch']}. {duration(facts['training_seconds'])} of training steps "
         f"({facts['tokens_per_second']:,} tokens per second), {duration(wall)} from first to last "
         f"line of the log, {facts['started'][:10]}, resumed {facts['resumed']} time(s).",
@@ -192,8 +208,8 @@ def card(facts: dict[str, Any], answers: dict[str, list[dict]]) -> str:
         f"- It saw {facts['tokens'] / 1e6:.0f} million tokens; ModernBERT-base saw two trillion. "
         "It knows common grammar, how encyclopedias, dictionaries and manuals sound, and few "
         "facts.",
-        f"- It was trained on texts of at most {recipe['max_length']} tokens. The code accepts up "
-        "to 8,192; what it does there was not measured.",
+        f"- It was trained on texts of at most {longest(recipe):,} tokens. The code accepts up to "
+        f"{config.max_position_embeddings:,}; what it does beyond was not measured.",
         "- English only. It repeats what its sources say and how they say it, their biases and "
         "omissions included: nothing was filtered.",
         "- Held-out text is from the same sources as the training text, and those overlap "
@@ -230,25 +246,77 @@ def corpus_rows(corpora: list[dict]) -> list[str]:
     ]
 
 
+def licence_lines(corpora: list[dict], share_alike: bool) -> list[str]:
+    """What the licences of the text ask to be said."""
+    said = []
+    if any(c["name"] == "wordnet" for c in corpora):
+        said.append("WordNet 3.0 is copyright 2006 by Princeton University.")
+    if any(c["name"] == "vital-articles" for c in corpora):
+        said.append("The text of Wikipedia is by its authors.")
+    if share_alike:
+        said.append("Since part of the text is under CC BY-SA 4.0, so are these weights.")
+    return [" ".join(said), ""] if said else []
+
+
+def gpu(machine: dict[str, Any]) -> str:
+    """The GPU of a run, or that there was none."""
+    device = machine.get("device", "cpu")
+    return "no GPU" if device == "cpu" else f"GPU {device}"
+
+
+def columns(recipe: dict[str, Any]) -> list[PretrainingConfig]:
+    """The phases of a recipe without its folder."""
+    return PretrainingConfig.from_dict(recipe | {"folder": ""}).columns()
+
+
+def longest(recipe: dict[str, Any]) -> int:
+    """The longest sequence of all phases."""
+    return max(phase.max_sequence_length for phase in columns(recipe))
+
+
 def recipe_lines(facts: dict[str, Any]) -> list[str]:
     """The recipe as a list."""
     recipe = facts["recipe"]
+    phases = columns(recipe)
     first, second = recipe["betas"]
-    start, end = facts["decay_started_at"], facts["tokens"]
+    hidden, random = recipe.get("mask_share", 0.8) * 100, recipe.get("random_share", 0.1) * 100
+    optimizer = recipe.get("optimizer", "StableAdamW")
+    spared = "norms and biases" + ("" if recipe.get("decay_embeddings") else " and the embedding")
+    clip = recipe.get("clip_norm", 0.0)
     return [
-        f"- {recipe['mask_probability'] * 100:g} % of the tokens masked (80 % [MASK], 10 % random, "
-        "10 % as they were); only masked positions are decoded.",
-        f"- Packed batches of about {recipe['batch_tokens']:,} tokens without padding; no document "
-        "sees another. Masks are drawn anew each time.",
-        f"- {facts['steps']:,} steps, {end / 1e6:.1f} million tokens.",
-        f"- AdamW, betas {first} and {second}, eps {recipe['eps']:g}, weight decay "
-        f"{recipe['weight_decay']:g} on matrices alone, gradients clipped to norm "
-        f"{recipe['clip_norm']:g}.",
-        f"- Learning rate: linear to {recipe['peak_lr']:g} over {recipe['warmup_tokens'] / 1e6:g} "
-        f"million tokens, constant to {start / 1e6:.1f} million, then 1 - sqrt down to 0.",
+        f"- {recipe['mask_probability'] * 100:g} % of the tokens masked ({hidden:g} % [MASK], "
+        f"{random:g} % random, {100 - hidden - random:g} % as they were); only masked positions "
+        "are decoded. Masks are drawn anew each time.",
+        "- Packed batches without padding; no document sees another.",
+        f"- {facts['steps']:,} steps, {facts['tokens'] / 1e6:.1f} million tokens.",
+        f"- {optimizer}, betas {first} and {second}, epsilon {recipe['epsilon']:g}; weight decay "
+        f"spares {spared}" + (f"; gradients clipped to norm {clip:g}." if clip else "."),
+        *(phase_line(number, phase) for number, phase in enumerate(phases, start=1)),
         f"- Seed {recipe['seed']}. `training.json` has every setting under `recipe`: "
         "`pretrain(PretrainingConfig(folder=..., **recipe))` trains it again.",
     ]
+
+
+def phase_line(number: int, phase: PretrainingConfig) -> str:
+    """One column of the recipe in words."""
+    million = {name: f"{getattr(phase, name) / 1e6:g}" for name in DURATIONS}
+    parts = [
+        f"{million['training_tokens']} million tokens",
+        f"sequences of at most {phase.max_sequence_length:,}",
+        f"batches of {phase.batch_tokens:,} tokens",
+        f"learning rate {phase.learning_rate:g}",
+        f"weight decay {phase.weight_decay:g}",
+    ]
+    if phase.batch_warmup_tokens:
+        parts[2] += f", from {phase.batch_warmup_from:,} within {million['batch_warmup_tokens']} "
+        parts[2] += "million"
+    if phase.warmup_tokens:
+        parts[3] += f", linear over the first {million['warmup_tokens']} million"
+    if phase.decay_tokens:
+        parts[3] += f", 1 - sqrt down to 0 over the last {million['decay_tokens']} million"
+    if phase.global_rope_theta:
+        parts.append(f"global rotary base {phase.global_rope_theta:,.0f}")
+    return f"- Phase {number}: {'; '.join(parts)}."
 
 
 def seconds_between(start: str, end: str) -> float:

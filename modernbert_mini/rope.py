@@ -76,4 +76,5 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
         Shape and dtype of ``x``; computed in float32.
     """
     wide = x.float()
-    return (wide * cos + rotate_half(wide) * sin).to(x.dtype)
+    # wide·cos + rotate_half(wide)·sin, without writing the second product to memory.
+    return torch.addcmul(wide * cos, rotate_half(wide), sin).to(x.dtype)

@@ -19,6 +19,8 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from .checkpoints import PretrainedModel
+
 # Function of the package -> the modules that call it by that name.
 FUNCTIONS = {
     "apply_rotary": ("attention",),
@@ -91,6 +93,8 @@ def _swap_function(encoder: nn.Module, name: str, own: Callable, layers: Iterabl
         raise ValueError(f"{name} is called once for all layers: leave `layers` out")
     if name == "eager_attention":
         encoder.attn_implementation = "eager"
+    elif name in ("window_mask", "padded_mask"):
+        encoder.attn_implementation = "sdpa"  # a packed stream has a band in place of masks
     owners = [importlib.import_module(f"{__package__}.{module}") for module in FUNCTIONS[name]]
     places = encoder.layers if name in INSIDE_LAYERS else [encoder]
     numbers = range(len(places)) if layers is None else _checked(layers, len(places))
@@ -344,7 +348,8 @@ def _record(model: nn.Module, batch: dict[str, torch.Tensor]) -> Record:
             hooks.append(module.register_forward_hook(partial(leave, name), with_kwargs=True))
     modes = {module: module.training for module in model.modules()}
     try:
-        output = model.eval()(**batch)
+        padded = {"keep_padded": True} if isinstance(model, PretrainedModel) else {}
+        output = model.eval()(**batch, **padded)
     finally:
         for hook in hooks:
             hook.remove()

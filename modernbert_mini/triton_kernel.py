@@ -5,6 +5,9 @@ Chapter 9 builds this module. Sources: Dao et al., "FlashAttention", arXiv:2205.
 recomputation); Milakov and Gimelshein, "Online normalizer calculation for softmax",
 arXiv:1805.02867; Tillet et al., "Triton", 2019, doi:10.1145/3315508.3329973.
 
+The rotary embedding stays outside: every tile of queries would turn all its keys again, and by
+the bytes that chapter 9 counts, that costs more than it saves. (On a clock: not yet measured.)
+
 Without Triton the module can be imported and read, not run. On tensors of a CPU it runs in
 Triton's interpreter, where TRITON_INTERPRET=1 is set before Triton is first imported.
 """

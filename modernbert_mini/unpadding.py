@@ -49,9 +49,13 @@ def pad(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
     return padded.index_copy(0, indices, x).unflatten(0, (batch, length))
 
 
-def positions(cu_seqlens: Tensor) -> Tensor:
-    """The position of each token of a packed stream (N,), counted from 0 in each sequence."""
-    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())  # (N,)
+def positions(cu_seqlens: Tensor, num_tokens: int | None = None) -> Tensor:
+    """The position of each token of a packed stream (N,), counted from 0 in each sequence.
+
+    Whoever knows N and says so spares a GPU the wait for it.
+    """
+    lengths = cu_seqlens.diff()  # (S,)
+    starts = cu_seqlens[:-1].repeat_interleave(lengths, output_size=num_tokens)  # (N,)
     return torch.arange(len(starts), device=starts.device) - starts
 
 

@@ -364,14 +364,14 @@ class TileView:
 
     def _panel(self, number: int) -> str:
         _, _, last, table = self.steps[number]
-        head = "<tr><th>query<th>scores of the tile<th>maximum<th>factor<th>sum<th>accumulator"
+        head = "<tr><th>query<th>scores<th>maximum m<th>factor α<th>sum ℓ<th>accumu&shy;lator a"
         body = "".join(
             f"<tr><th>{query}<td>{' '.join(map(_number, scores))}<td>{_number(maximum)}"
             f"<td>{factor:.3f}<td>{total:.3f}<td>{mixed:.3f}"
             + (f"<td><b>{mixed / total:.3f}</b>" if last else "")
             for query, scores, maximum, factor, total, mixed in table
         )
-        head += "<th>accumulator ÷ sum" if last else ""
+        head += "<th>result a ÷ ℓ" if last else ""
         return f"<p>{self._told(number)}</p><table>{head}{body}</table>"
 
     def _css(self, me: str) -> str:
@@ -393,8 +393,8 @@ _TILE_STYLE = """
 border:1px solid rgba(128,128,128,.45);border-radius:4px}
 #ID label:has(:checked)>span{outline:2px solid currentColor;outline-offset:-1px;font-weight:600}
 #ID label:has(:focus-visible)>span{outline:3px solid #D55E00}
-#ID .r{display:flex;flex-wrap:wrap;gap:.8em 1.5em;align-items:flex-start}
-#ID .g{position:relative;width:12em;height:12em;border:1px solid rgba(128,128,128,.6)}
+#ID .r{display:flex;flex-wrap:wrap;gap:.8em 1em;align-items:flex-start}
+#ID .g{position:relative;width:10em;height:10em;border:1px solid rgba(128,128,128,.6)}
 #ID .g>*{position:absolute;box-sizing:border-box;top:var(--y);left:var(--x);
 height:var(--h);width:var(--w)}
 #ID .g i{border:1px solid rgba(128,128,128,.3);
@@ -404,11 +404,15 @@ repeating-linear-gradient(45deg,transparent 0 4px,rgba(128,128,128,.35) 4px 5px)
 #ID .g b{border:3px solid #D55E00;transition:top .4s,left .4s}
 #ID .p{flex:1 1 18em;min-width:0;overflow-x:auto}
 #ID .p p{margin:0 0 .3em}
-#ID table{border-collapse:collapse;font-size:.85em;margin:0;color:inherit;background:none}
-#ID td,#ID th{padding:.15em .55em;text-align:right;font-variant-numeric:tabular-nums;
+#ID table{border-collapse:collapse;font-size:.85em;margin:0;color:inherit;background:none;
+display:table}
+#ID td,#ID th{padding:.15em .4em;text-align:right;vertical-align:bottom;line-height:1.3;
+min-width:0;font-variant-numeric:tabular-nums;
 border:0;border-bottom:1px solid rgba(128,128,128,.35);color:inherit;background:none}
 #ID tr{background:none!important}#ID td:nth-child(2){white-space:nowrap}
 #ID small{opacity:.8;line-height:1.3;display:block}
+#ID th{width:min-content;hyphens:manual}
+@media (max-width:500px){#ID table{font-size:.75em}#ID td,#ID th{padding:.15em}}
 @media (prefers-reduced-motion:reduce){#ID .g b{transition:none}}
 """.replace("\n", "")
 

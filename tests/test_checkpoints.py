@@ -59,7 +59,7 @@ def saved(tmp_path):
 def predict(model):
     choices = 3 if "Choice" in type(model).__name__ else None
     with torch.no_grad():
-        return parity.scores(model(**parity.make_batch((9, 12, 4), choices=choices)))
+        return parity.scores(model(**parity.make_batch((12, 12, 12), choices=choices)))
 
 
 def assert_same(model, other):

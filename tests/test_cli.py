@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import modernbert_mini
-from modernbert_mini import cli, data
+from modernbert_mini import benchmark, cli, data
 from modernbert_mini.config import ModernBertConfig
 from modernbert_mini.fill_mask import FillMask
 from modernbert_mini.heads import ModernBertForMaskedLM, ModernBertForSequenceClassification
@@ -203,15 +204,108 @@ def test_inspect_of_a_published_config_gives_the_published_size(run, reference):
     assert "holds no weights" in out
 
 
+# --- benchmark --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_work(monkeypatch) -> dict[str, benchmark.Row]:
+    """Rows and a shape that take no time."""
+    rows = {
+        name: benchmark.Row(name, f"the {name} one", task, (3, 20, 7))
+        for name, task in (("first", "encode"), ("second", "score"))
+    }
+    monkeypatch.setattr(benchmark, "table_rows", lambda quick: rows)
+    monkeypatch.setattr(benchmark, "shape_config", lambda shape: small_config(280))
+    monkeypatch.setattr(benchmark, "gemm_rate", lambda device: 1e9)
+    return rows
+
+
+def test_benchmark_prints_writes_and_draws(run, tiny_work, tmp_path):
+    speed, picture = tmp_path / "speed.json", tmp_path / "speed.svg"
+    code, out, err = run("benchmark", "--quick", "--json", speed, "--plot", picture)
+    assert (code, err) == (0, "")
+    machine, _, *tables = out.split("\n", 2)
+    report = json.loads(speed.read_text(encoding="utf-8"))
+    assert f"torch {torch.__version__}" in machine and report["machine"]["cpu"] in machine
+    assert "the first one · mini\n" in tables[0] and "the second one · mini\n" in tables[0]
+    assert tables[0].count("modernbert-mini ") == 2
+    assert [result["row"] for result in report["results"]] == ["first", "second"]
+    assert report["settings"] == {"repeats": 3, "quick": True, "seed": 0}
+    assert all(len(e["seconds"]) == 3 for r in report["results"] for e in r["entries"])
+    assert "the first one" not in err and picture.read_text().startswith("<?xml")
+
+
+def test_benchmark_does_what_it_is_asked_for(run, tiny_work):
+    threads = torch.get_num_threads()
+    try:
+        code, out, _ = run(
+            *("benchmark", "--quick", "--rows", "second", "--shape", "base", "17m"),
+            *("--repeats", 1, "--threads", 1),
+        )
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert code == 0
+    assert "1 of " in out.splitlines()[0]
+    assert [line for line in out.splitlines() if "·" in line] == [
+        "the second one · base",
+        "the second one · 17m",
+    ]
+
+
+def test_benchmark_shows_its_progress_at_a_terminal(run, tiny_work, monkeypatch, capsys):
+    # tqdm asks the stream that it writes to
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)
+    code, out, err = run("benchmark", "--quick", "--repeats", 1)
+    assert code == 0
+    assert "first mini: modernbert-mini" in err
+    assert "first mini" not in out
+
+
+def test_benchmark_that_is_interrupted_keeps_what_is_finished(
+    run, tiny_work, tmp_path, monkeypatch
+):
+    measure = benchmark.measure
+
+    def interrupted(row, *more):
+        if row.name == "second":
+            raise KeyboardInterrupt
+        return measure(row, *more)
+
+    monkeypatch.setattr(benchmark, "measure", interrupted)
+    speed, picture = tmp_path / "speed.json", tmp_path / "speed.png"
+    code, out, err = run("benchmark", "--quick", "--json", speed, "--plot", picture)
+    assert code == 130
+    assert err == "modernbert-mini: 1 of 2 rows are finished\n"
+    assert "the first one · mini" in out
+    assert [result["row"] for result in json.loads(speed.read_text())["results"]] == ["first"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_benchmark_reports_nothing_where_outputs_differ(run, tiny_work, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "difference", lambda a, b: 1.0)
+    speed = tmp_path / "speed.json"
+    code, out, err = run("benchmark", "--quick", "--json", speed)
+    assert code == 2
+    assert "disagree" in err and "Nothing was timed" in err
+    assert "·" not in out and not speed.exists()
+
+
+def test_benchmark_names_the_rows_and_shapes_in_its_help(run):
+    text = run("benchmark", "--help")[1]
+    for name in (*benchmark.table_rows(), *benchmark.SHAPES):
+        assert re.search(rf"\b{name}\b", text), name
+
+
 # --- pretrain ---------------------------------------------------------------------------------
 
 RECIPE = """
 folder = "{folder}"
-total_tokens = 1024
+training_tokens = 1024
 warmup_tokens = 256
 decay_tokens = 256
 batch_tokens = 256
-max_length = 32
+max_sequence_length = 32
 vocab_size = 300
 {more}
 
@@ -228,28 +322,139 @@ max_position_embeddings = 128
 """
 
 
-def test_pretrain_leaves_a_checkpoint_that_fills_masks(run, tmp_path, monkeypatch):
+@pytest.fixture
+def few(monkeypatch):
     texts = tuple(f"the cat sat on the mat {n} times" for n in range(100))
-    few = data.Corpus("python-docs", texts, "this test", "none", 1, "0")
-    monkeypatch.setattr(data, "python_docs", lambda: few)
+    corpus = data.Corpus("python-docs", texts, "this test", "none")
+    monkeypatch.setattr(data, "python_docs", lambda: corpus)
+
+
+def test_pretrain_leaves_a_checkpoint_that_fills_masks(run, tmp_path, few):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.format(folder=(tmp_path / "run").as_posix(), more=""))
     code, out, err = run("pretrain", "--config", recipe)
     assert (code, err) == (0, "")
     assert f"model: {tmp_path / 'run' / 'model'}" in out
-    assert (tmp_path / "run" / "log.jsonl").exists()
+    assert re.search(r"held-out loss \d+\.\d+, masked accuracy top-1 [\d.]+%, top-5 [\d.]+%", out)
+    for name in ("log.jsonl", "loss.png", "checkpoint.pt", "recipe.json"):
+        assert (tmp_path / "run" / name).exists()
     code, out, err = run("fill-mask", TEXT, "--model", tmp_path / "run" / "model")
     assert (code, err) == (0, "")
 
 
-@pytest.mark.parametrize("more", ["no_such_field = 1", "not TOML"])
-def test_pretrain_refuses_a_bad_recipe(run, tmp_path, more):
+def test_pretrain_goes_on_only_when_told_to(run, tmp_path, few):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(folder=(tmp_path / "run").as_posix(), more=""))
+    assert run("pretrain", "--config", recipe, "--resume")[0] == 0  # nothing there yet: a start
+    code, _, err = run("pretrain", "--config", recipe)
+    assert code == 2 and "a run in this folder" in err and "--resume" in err
+    assert run("pretrain", "--config", recipe, "--resume")[0] == 0
+
+
+def test_pretrain_reads_yaml_too(run, tmp_path, few):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"folder: {(tmp_path / 'run').as_posix()}\n"
+        "corpora: {python-docs: 1}\n"
+        "training_tokens: 1 thousand\nwarmup_tokens: 0\ndecay_tokens: 0\nbatch_tokens: 256\n"
+        "max_sequence_length: 32\nvocab_size: 300\nlearning_rate: 8e-4\n"
+        "model: {hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1,"
+        " num_attention_heads: 2}\n"
+    )
+    code, out, err = run("pretrain", "--config", recipe)
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("no_such_field = 1", "unknown field 'no_such_field'"),
+        ("learning_rat = 1", "Did you mean learning_rate?"),
+        ("not TOML", "line"),
+        ("seed = 'one'", "seed 'one'"),
+        ("optimizer = 'Adam'", "one of StableAdamW, AdamW"),
+    ],
+)
+def test_pretrain_refuses_a_bad_recipe(run, tmp_path, more, said):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.format(folder=tmp_path.as_posix(), more=more))
     code, _, err = run("pretrain", "--config", recipe)
     assert code == 2
     assert err.startswith("modernbert-mini: error: ")
-    assert ("no_such_field" if "field" in more else "line") in err
+    assert said in err and str(recipe) in err
+
+
+# --- fine-tune --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    """Forty rows of two classes that one word tells apart."""
+    file = tmp_path / "rows.csv"
+    lines = [
+        f"the {'cat' if i % 2 else 'hat'} {i} sat,{'cat' if i % 2 else 'hat'}" for i in range(40)
+    ]
+    file.write_text("text,label\n" + "\n".join(lines) + "\n")
+    return file
+
+
+def test_fine_tune_trains_scores_saves_and_predicts(run, folder, rows, tmp_path):
+    new = tmp_path / "new.jsonl"
+    new.write_text('{"text": "the cat sat"}\n{"text": "the hat sat"}\n')
+    arguments = ["fine-tune", "sequence-classification", rows, "--model", folder, "--test", rows]
+    arguments += ["--epochs", 30, "--lr", 0.01, "--layer-decay", 1, "--predict", new]
+    output = tmp_path / "tuned"
+    code, out, err = run(*arguments, "--output", output, "--json", tmp_path / "report.json")
+    assert code == 0, err
+    assert [json.loads(line) for line in out.splitlines()] == ["cat", "hat"]
+    assert "40 rows to train on, 40 to test on" in err and "accuracy 1.0000" in err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["runs"][0]["accuracy"] == 1 and report["settings"]["lr"] == 0.01
+    model = ModernBertForSequenceClassification.from_pretrained(output)
+    assert list(model.config.id2label.values()) == ["cat", "hat"]
+    assert len(Tokenizer.from_pretrained(output)) == model.config.vocab_size
+
+
+def test_fine_tune_keeps_a_tenth_for_the_test_and_shows_the_spread(run, folder, rows):
+    arguments = ("fine-tune", "sequence-classification", rows, "--model", folder, "--epochs", 0.1)
+    code, out, err = run(*arguments, "--seeds", 0, 1)
+    assert (code, out) == (0, "")
+    train, test = map(int, re.search(r"(\d+) rows to train on, (\d+) to test on", err).groups())
+    assert train + test == 40 and 1 <= test <= 10
+    assert re.search(r"seed 1: .+; accuracy", err)
+    assert re.search(r"accuracy \d\.\d+ ± \d\.\d+ over 2 seeds", err)
+
+
+def test_fine_tune_states_the_baseline(run, folder, tmp_path):
+    rows = [{"words": ["a", "cat"], "labels": ["O", "X"]}] * 4
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["fine-tune", "token-classification", file, "--test", file, "--model", folder]
+    code, _, err = run(*arguments, "--epochs", 0.1, "--baseline")
+    assert code == 0
+    assert "baseline, each word's usual label: accuracy 1.0000, macro_f1 1.0000" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ner", "ROWS"], "task 'ner' is not one of sequence-classification, token-"),
+        (["token-classification", "ROWS"], "40 bad rows"),
+        (["sequence-classification", "ROWS", "--predict", "BAD"], "line 2: 'text' is empty"),
+        (["sequence-classification", "BAD"], "line 2: 'text' is empty"),
+        (["sequence-classification", "none.csv"], "none.csv"),
+        (["sequence-classification", "ROWS", "--output", "no/such/folder"], "no such folder"),
+        (["sequence-classification", "ROWS", "--lr", "0"], "0 is not above 0"),
+    ],
+)
+def test_fine_tune_refuses_before_it_trains(run, rows, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.setattr("modernbert_mini.fine_tuning.fine_tune", None)
+    bad = tmp_path / "bad.csv"
+    bad.write_text("text,label\n,a\n")
+    names = {"ROWS": rows, "BAD": bad}
+    code, out, err = run("fine-tune", *(names.get(a, a) for a in arguments))
+    assert (code, out) == (2, "")
+    assert message in err
 
 
 # --- Errors -----------------------------------------------------------------------------------
@@ -265,6 +470,13 @@ def test_pretrain_refuses_a_bad_recipe(run, tmp_path, more):
         (["fill-mask", TEXT, "--model", "FOLDER", "--device", "toaster"], "toaster"),
         (["fill-mask", TEXT, "--model", "FOLDER", "--top-k", "0"], "not above 0"),
         (["fill-mask", TEXT, "--dtype", "int8"], "invalid choice"),
+        (["benchmark", "--rows", "slow"], "no row 'slow': there are skewed, long, even"),
+        (["benchmark", "--shape", "huge"], "no shape 'huge': there are base, 17m, mini"),
+        (["benchmark", "--repeats", "0"], "not above 0"),
+        (["benchmark", "--device", "toaster"], "toaster"),
+        (["benchmark", "--device", "mps"], "cpu or cuda"),
+        (["benchmark", "--plot", "speed.txt"], "speed.txt: a picture ends in one of"),
+        (["benchmark", "--json", "/no/such/folder/speed.json"], "no such folder"),
         (["pretrain", "--config", "/no/such/recipe.toml"], "/no/such/recipe.toml"),
         (["pretrain"], "--config"),
         (["no-such-command"], "invalid choice"),
@@ -337,7 +549,7 @@ def test_help_and_version(run):
     assert (code, out.strip()) == (0, f"modernbert-mini {modernbert_mini.__version__}")
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("fill-mask", "inspect", "pretrain"):
+    for command in ("fill-mask", "inspect", "benchmark", "pretrain"):
         assert command in out
         assert "--" in run(command, "--help")[1]
 

@@ -2,13 +2,15 @@
 
 import hashlib
 import importlib.metadata
+import json
 import random
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from modernbert_mini import data
+from modernbert_mini import ConfigError, data
 
 GLOSSES = {
     "noun": (
@@ -45,14 +47,14 @@ def wordnet_folder(tmp_path):
 
 
 def test_size_and_hash_are_those_of_the_documents():
-    corpus = data.make_corpus("x", iter(["ab", "é"]), "here", "CC0")
+    corpus = data.Corpus("x", ("ab", "é"), "here", "CC0")
     assert corpus.bytes == 4
     assert corpus.sha256 == hashlib.sha256(b"ab\0\xc3\xa9\0").hexdigest()
     assert corpus.summary()["documents"] == len(corpus) == 2
 
 
 def test_the_hash_sees_where_documents_end():
-    first, second = (data.make_corpus("x", texts, "", "") for texts in (["ab", "c"], ["a", "bc"]))
+    first, second = (data.Corpus("x", texts, "", "") for texts in (["ab", "c"], ["a", "bc"]))
     assert first.bytes == second.bytes and first.sha256 != second.sha256
 
 
@@ -177,30 +179,138 @@ def test_the_split_follows_from_the_text_alone():
     assert data.split_held_out(texts, percent=0)[1] == []
 
 
+# --- your own text ------------------------------------------------------------------------
+
+
+def test_a_folder_of_text_is_a_corpus(tmp_path):
+    folder = tmp_path / "mine"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "b.txt").write_text("one line\nof a paragraph\n\n\nanother paragraph\n")
+    (folder / "a.md").write_text("# Title\n")
+    (folder / "deep" / "c.jsonl").write_text('{"text": "first"}\n\n{"text": "second", "n": 1}\n')
+    (folder / "picture.png").write_bytes(b"\xff\xfe")
+    corpus = data.text_files(folder)
+    expected = ["# Title", "one line\nof a paragraph\n\nanother paragraph", "first", "second"]
+    assert list(corpus.documents) == expected == list(corpus.documents)  # again and again
+    assert (corpus.name, len(corpus), corpus.source) == ("mine", 4, "3 text files of mine")
+    assert list(data.text_files(folder / "a.md").documents) == ["# Title"]
+
+
+def test_a_long_file_becomes_documents_of_whole_paragraphs(tmp_path):
+    paragraphs = [f"{i} " + "word " * (i % 90) + "end" for i in range(200)]
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
+    documents = list(data.text_files(tmp_path).documents)
+    assert "\n\n".join(documents).split("\n\n") == paragraphs
+    assert all(1000 <= len(d.split()) < 1100 for d in documents[:-1])
+
+
+@pytest.mark.parametrize("line", ["not json", '{"txt": "x"}', '{"text": 3}', '["text"]', "3"])
+def test_a_bad_line_is_named(tmp_path, line):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(ConfigError, match=r"a.jsonl: found line 2"):
+        list(data.text_files(file).documents)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"Z\xfcrich")
+    with pytest.raises(ConfigError, match=r"a.txt: found bytes that are no UTF-8"):
+        list(data.text_files(tmp_path).documents)
+
+
+def test_no_text_files_and_no_such_folder_say_so(tmp_path):
+    with pytest.raises(data.CorpusNotFoundError, match="holds none"):
+        data.text_files(tmp_path)
+    with pytest.raises(data.CorpusNotFoundError, match="vital-articles, .*does not exist"):
+        data.text_files(tmp_path / "absent")
+
+
 # --- shards -------------------------------------------------------------------------------
+
+FOUR = [[1, 2, 3], [], [65_535], list(range(500))]
+
+
+def write(folder, documents=FOUR, **settings) -> list[data.TokenShard]:
+    texts = (str(i) for i in range(len(documents)))
+    encode = lambda texts: [documents[int(t)] for t in texts]  # noqa: E731
+    return data.tokenise_to_shards(texts, encode, folder, **settings)
 
 
 def test_a_shard_gives_back_every_document(tmp_path):
-    documents = [[1, 2, 3], [], [65_535], list(range(500))]
-    shard = data.tokenise_to_shards(
-        (str(i) for i in range(4)), lambda texts: [documents[int(t)] for t in texts], tmp_path
-    )
-    assert [shard[i].tolist() for i in range(len(shard))] == documents
+    (shard,) = write(tmp_path)
+    assert [shard[i].tolist() for i in range(len(shard))] == FOUR
     assert len(shard.tokens) == 504 and shard.tokens.dtype == np.uint16
-    assert isinstance(shard.tokens, np.memmap)
-    assert shard.sha256 == hashlib.sha256(shard.tokens.tobytes()).hexdigest()
+    assert isinstance(shard.tokens, np.memmap) and isinstance(shard.offsets, np.memmap)
+    assert shard.sha256 == hashlib.sha256((tmp_path / "00000.tokens").read_bytes()).hexdigest()
     with pytest.raises(IndexError):
         shard[4]
+
+
+def test_shards_are_cut_between_documents_and_counted_exactly(tmp_path):
+    documents = [[i] * (i % 7) for i in range(100)]
+    shards = write(tmp_path, documents, tokens_per_shard=20)
+    found = [shard[i].tolist() for shard in shards for i in range(len(shard))]
+    assert found == documents
+    assert len(shards) > 10 and max(len(shard.tokens) for shard in shards) <= 20
+    about = json.loads((tmp_path / "shards.json").read_text())
+    assert about["documents"] == 100 and about["tokens"] == sum(map(len, documents))
+    write(tmp_path, documents[:3])  # written again, nothing of the old remains
+    assert len([*tmp_path.glob("*.tokens")]) == 1
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Sixteen megabytes of tokens pass through; one of the shards' is the most that is held."""
+    one = list(range(1000))
+    tracemalloc.start()
+    shards = data.tokenise_to_shards(
+        ("x" for _ in range(8000)),
+        lambda texts: [one] * len(texts),
+        tmp_path,
+        tokens_per_shard=200_000,
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(len(shard.tokens) for shard in shards) == 8_000_000
+    assert peak < 4e6
+
+
+def test_no_documents_are_no_shards(tmp_path):
+    assert write(tmp_path, []) == []
+    assert data.open_shards(tmp_path) == []
+
+
+def test_documents_without_tokens_are_a_shard(tmp_path):
+    (shard,) = write(tmp_path, [[], []])
+    assert len(shard) == 2 and len(shard.tokens) == 0
 
 
 @pytest.mark.parametrize("bad", [-1, 65_536])
 def test_an_id_that_does_not_fit_is_refused(tmp_path, bad):
     with pytest.raises(ValueError, match="16 bits"):
-        data.tokenise_to_shards(["a"], lambda texts: [[5, bad]], tmp_path)
+        write(tmp_path, [[5, bad]])
 
 
-def test_an_unfinished_shard_is_not_opened(tmp_path):
-    data.tokenise_to_shards(["a"], lambda texts: [[5]], tmp_path)
-    (tmp_path / "shard.json").unlink()
-    with pytest.raises(data.CorpusNotFoundError, match="no finished shard"):
-        data.open_shard(tmp_path)
+def test_an_unfinished_folder_is_not_opened(tmp_path):
+    write(tmp_path)
+    (tmp_path / "shards.json").unlink()
+    with pytest.raises(data.CorpusNotFoundError, match="no finished shards"):
+        data.open_shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda raw: raw[:-1], "1007 bytes"),
+        (lambda raw: raw[:5] + b"\xff" + raw[6:], "sha256"),
+        (None, "no such file"),
+    ],
+)
+def test_a_damaged_shard_is_not_opened(tmp_path, damage, said):
+    write(tmp_path)
+    path = tmp_path / "00000.tokens"
+    raw = path.read_bytes()
+    path.unlink() if damage is None else path.write_bytes(damage(raw))
+    with pytest.raises(
+        ConfigError, match=f"00000.tokens: found {said}.*tokenises the corpus again"
+    ):
+        data.open_shards(tmp_path)

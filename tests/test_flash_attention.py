@@ -11,8 +11,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from parity import BASE
 
-from modernbert_mini import ConfigError, views
+from modernbert_mini import ConfigError, ModernBertConfig, ModernBertModel, model, views
 from modernbert_mini.alternating_attention import packed_mask, window_mask
 from modernbert_mini.attention import eager_attention
 from modernbert_mini.flash_attention import flash_attention, flash_kernel
@@ -170,7 +171,7 @@ def test_what_is_missing_is_named(gpu, device, dtype, machine, said):
     with pytest.raises(ConfigError) as error:
         flash_kernel(device, dtype)
     assert said in str(error.value)
-    assert str(error.value).endswith('Use attn_implementation="sdpa" instead.')
+    assert str(error.value).endswith('Use attn_implementation="auto" instead.')
 
 
 def test_a_machine_without_a_gpu_is_never_asked_for_its_capability(monkeypatch):
@@ -265,6 +266,57 @@ def test_the_real_kernel_agrees_with_eager(half_window):
     mask = packed_mask(cu_seqlens, half_window)
     right = eager_attention(q.float(), k.float(), v.float(), mask=mask)[0]
     torch.testing.assert_close(out.float(), right, atol=2e-2, rtol=0)
+
+
+# ---- in the model ----
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    config = ModernBertConfig(**{**BASE, "local_attention": 6})
+    return ModernBertModel(config).eval()
+
+
+@pytest.fixture
+def batch():
+    ids = torch.randint(5, BASE["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("library", ["flash_attn", "torch"])
+def test_a_model_hands_all_its_layers_to_the_kernel(monkeypatch, small, batch, library):
+    one = StandIn()
+    monkeypatch.setattr(model, "flash_kernel", lambda *machine: getattr(one, library))
+    calls = []
+    monkeypatch.setattr(
+        model,
+        "flash_attention",
+        lambda *qkv, **given: calls.append(given) or flash_attention(*qkv, **given),
+    )
+    with torch.no_grad():
+        small.attn_implementation = "eager"
+        right = small(**batch).last_hidden_state
+        small.attn_implementation = "flash_attention_2"
+        out = small(**batch).last_hidden_state
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(out[real], right[real], atol=1e-5, rtol=0)
+    kinds = small.config.layer_types
+    windows = [None if kind == "full_attention" else 3 for kind in kinds]
+    assert [given["half_window"] for given in calls] == windows
+    assert len(set(kinds)) == 2  # or the line above would show little
+    assert all(given["cu_seqlens"].tolist() == [0, 9, 13] for given in calls)
+    assert all(given["max_seqlen"] == 9 for given in calls)
+
+
+def test_a_model_on_a_machine_without_a_kernel_says_so_when_it_runs(small, batch):
+    small.attn_implementation = "flash_attention_2"
+    with pytest.raises(ConfigError, match='CUDA device. Use attn_implementation="auto"'):
+        small(**batch)
+    small.attn_implementation = "auto"
+    assert small(**batch).last_hidden_state.shape[:2] == (2, 9)
 
 
 # ---- what the chapter says of other sources ----

@@ -49,18 +49,23 @@ LOCAL_PATH = re.compile(
 )
 KNOWN_HOSTS = {
     "127.0.0.1",
-    "arxiv.org",
     "aclanthology.org",
+    "arxiv.org",
     "colab.research.google.com",
     "creativecommons.org",
+    "docs.cloud.google.com",
+    "docs.pytorch.org",
+    "doi.org",
     "en.wikipedia.org",
     "example.org",
     "git-lfs.github.com",
     "github.com",
     "huggingface.co",
     "jfly.uni-koeln.de",
+    "triton-lang.org",
     "www.apache.org",
     "www.lesswrong.com",
+    "www.nvidia.com",
     "www.w3.org",
 }
 # Files that vocabularies, weights and texts are made of, not written by hand.

@@ -176,7 +176,7 @@ def test_value_norms_are_the_lengths_of_what_a_head_writes(model):
 def test_the_stream_is_the_hidden_states_before_the_final_norm(model, batch):
     stream = inspection.residual_stream(model, **batch)
     with torch.no_grad():
-        hidden = model(**batch, output_hidden_states=True).hidden_states
+        hidden = model(**batch, output_hidden_states=True, keep_padded=True).hidden_states
     assert stream.shape == (5, B, L, H * D)
     same(stream[:-1], torch.stack(hidden[:-1]), atol=0)
     assert (stream[-1] - hidden[-1]).abs().max() > 0.1
@@ -193,7 +193,8 @@ def test_the_stream_of_a_bare_encoder_and_of_a_packed_batch_are_the_same(model, 
 
 def test_the_lens_on_the_last_state_is_the_model(model, batch):
     stream = inspection.residual_stream(model, **batch)
-    same(inspection.logit_lens(model, stream[-1]), logits(model, batch), atol=0)
+    expected = logits(model, batch | {"keep_padded": True})
+    same(inspection.logit_lens(model, stream[-1]), expected, atol=0)
     assert inspection.logit_lens(model, stream).shape == (5, B, L, V)
 
 
@@ -330,8 +331,7 @@ def test_ablation_changes_no_tensor_that_somebody_else_holds(model, batch):
         inspection.ablated_heads(model, [(1, 2)]),
     ):
         logits(model, batch)
-    given = held[0][batch["attention_mask"].bool()]
-    assert given[:, 2 * D : 3 * D].abs().min() > 0
+    assert held[0][:, 2 * D : 3 * D].abs().min() > 0
 
 
 def test_heads_come_back_after_an_error(model, batch):
@@ -527,7 +527,7 @@ def test_the_tools_work_on_the_models_of_transformers(model, batch, tmp_path):
 
 def test_every_shape_comment_is_true_and_reached(model, batch, packed, labels):
     tracer = Tracer([inspection])
-    many = {"L": {L, L * L}, "B": {B}, "H": {H}, "D": {D}, "C": {H * D}, "V": {V}}
+    many = {"L": {L, L * L, sum(LENGTHS)}, "B": {B}, "H": {H}, "D": {D}, "C": {H * D}, "V": {V}}
     many |= {"M": {int((labels != -100).sum())}, "N": {200}, "layers": {4}, "texts": {B}}
     texts = torch.arange(B)[:, None].expand(B, L)[labels != -100]
     attentions = model.model(**batch, output_attentions=True).attentions

@@ -6,6 +6,7 @@ from parity import BASE, VARIANTS, make_batch, make_pair
 
 from modernbert_mini.config import ConfigError, ModernBertConfig
 from modernbert_mini.model import ModernBertModel, initial_std
+from modernbert_mini.unpadding import join, pack_sequences
 
 LENGTHS = (1, 200, 37, 64, 2, 129)
 
@@ -30,7 +31,7 @@ def pack(batch):
 # ---- properties
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["auto", "eager", "sdpa"])
 def test_padding_changes_nothing(model, name):
     model.attn_implementation = name
     batch = make_batch()
@@ -40,7 +41,7 @@ def test_padding_changes_nothing(model, name):
         torch.testing.assert_close(together[row, :length], alone[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["auto", "eager", "sdpa"])
 def test_packed_equals_padded(model, name):
     model.attn_implementation = name
     batch = make_batch()
@@ -49,6 +50,85 @@ def test_packed_equals_padded(model, name):
     real = batch["attention_mask"].bool()
     for ours, theirs in zip(packed.hidden_states, padded.hidden_states, strict=True):
         torch.testing.assert_close(ours, theirs[real], atol=1e-5, rtol=0)
+
+
+def shapes_inside(model, **batch):
+    """What the layers get to see."""
+    shapes = []
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, out: shapes.append(tuple(inputs[0].shape)))
+        for layer in model.layers
+    ]
+    out = model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return out, {*shapes}
+
+
+def given_as(batch, model, how):
+    """The same batch in another form."""
+    ids = batch["input_ids"]
+    if how == "inputs_embeds":
+        vectors = model.embeddings.tok_embeddings(ids)
+        return {"inputs_embeds": vectors, "attention_mask": batch["attention_mask"]}
+    if how == "position_ids":
+        return batch | {"position_ids": torch.arange(ids.shape[1]).expand_as(ids)}
+    return batch | ({"position_ids": torch.arange(ids.shape[1])} if how == "one row" else {})
+
+
+@pytest.mark.parametrize("how", ["input_ids", "inputs_embeds", "position_ids", "one row"])
+@pytest.mark.parametrize("left", [False, True])
+def test_auto_unpads_once_and_pads_once(how, left):
+    model = ModernBertModel(ModernBertConfig(**BASE, classifier_pooling="mean")).eval()
+    batch = make_batch(left=left)
+    real = batch["attention_mask"].bool()
+    out, shapes = shapes_inside(model, **given_as(batch, model, how), output_hidden_states=True)
+    assert shapes == {(sum(LENGTHS), model.config.hidden_size)}
+    kept, shapes = shapes_inside(model, **batch, output_hidden_states=True, keep_padded=True)
+    assert shapes == {(*real.shape, model.config.hidden_size)}
+    for ours, theirs in zip(out.hidden_states, kept.hidden_states, strict=True):
+        torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=0)
+        assert not ours[~real].any()
+    torch.testing.assert_close(out.last_hidden_state, out.hidden_states[-1])
+
+
+def test_auto_unpads_where_that_pays(model):
+    def packs(**batch):
+        _, shapes = shapes_inside(model, **batch)
+        return all(len(shape) == 2 for shape in shapes)
+
+    window = 2 * model.config.half_window
+    short, long = (torch.ones(2, n, dtype=torch.long) for n in (window, window + 1))
+    assert not packs(input_ids=short) and packs(input_ids=long)
+    assert not packs(input_ids=short, attention_mask=torch.ones_like(short))
+    assert packs(**make_batch((5, 9)))
+    assert not packs(**make_batch((5, 9)), keep_padded=True)
+    assert not packs(**make_batch((5, 9)), output_attentions=True)
+    # A classifier that reads position 0 gets what stands there in transformers.
+    assert not packs(**make_batch((5, 9), left=True))
+    model.attn_implementation = "sdpa"
+    assert not packs(**make_batch((5, 9)))
+
+
+@pytest.mark.parametrize("name", ["auto", "eager", "sdpa"])
+def test_the_company_of_a_text_changes_nothing(model, name):
+    model.attn_implementation = name
+    texts = [torch.randint(1, 90, (n,)) for n in (70, 3, 150, 1, 33)]
+    alone = torch.cat([model(text[None]).last_hidden_state[0] for text in texts])
+    order = [3, 0, 4, 2, 1]
+    together = model(**join([texts[i] for i in order])).last_hidden_state
+    parts = together.split([len(texts[i]) for i in order])
+    again = torch.cat([parts[order.index(i)] for i in range(len(texts))])
+    torch.testing.assert_close(again, alone, atol=1e-5, rtol=0)
+    for streams in (pack_sequences(texts, 160), pack_sequences(texts, 400)):
+        lengths = [sorted(s["cu_seqlens"].diff().tolist()) for s in streams]
+        for stream, present in zip(streams, lengths, strict=True):
+            rows = model(**stream).last_hidden_state.split(stream["cu_seqlens"].diff().tolist())
+            for row in rows:
+                i = [len(text) for text in texts].index(len(row))
+                assert len(row) in present
+                expected = alone.split([len(text) for text in texts])[i]
+                torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
 
 
 def test_positions_restart_in_a_packed_stream(model):
@@ -173,9 +253,8 @@ def test_compiles_to_one_graph(model):
     batch = make_batch((33, 20, 5))
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="inductor")
-    torch.testing.assert_close(
-        compiled(**batch).last_hidden_state, model(**batch).last_hidden_state, atol=1e-5, rtol=0
-    )
+    expected = model(**batch, keep_padded=True).last_hidden_state
+    torch.testing.assert_close(compiled(**batch).last_hidden_state, expected, atol=1e-5, rtol=0)
 
 
 def test_traces_to_one_graph_for_any_length(model):
@@ -189,10 +268,38 @@ def test_traces_to_one_graph_for_any_length(model):
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for lengths in ((33, 20), (150, 12, 3), (77, 60), (180, 44, 9)):
         batch = make_batch(lengths)
-        torch.testing.assert_close(
-            compiled(**batch).last_hidden_state, model(**batch).last_hidden_state
-        )
+        expected = model(**batch, keep_padded=True).last_hidden_state
+        torch.testing.assert_close(compiled(**batch).last_hidden_state, expected)
     assert len(graphs) <= 3, "lengths must be dynamic, not compiled one by one"
+
+
+def test_a_compiled_model_takes_streams_of_all_lengths(model):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for lengths in ((33, 20), (150, 12, 3), (77, 60), (180, 44, 9), (60, 70, 80, 90), (2, 66)):
+        stream, restore = model.unpadded(**make_batch(lengths))
+        expected = model(**stream).last_hidden_state
+        torch.testing.assert_close(compiled(**stream).last_hidden_state, expected)
+        assert restore(expected).shape[:2] == (len(lengths), max(lengths))
+    assert len(graphs) <= 3, "one graph for all batches, not one for each"
+
+
+def test_a_compiled_model_learns_from_streams(model):
+    stream, _ = model.unpadded(**make_batch((33, 20, 5)))
+    torch._dynamo.reset()
+    gradients = []
+    for net in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        net(**stream).last_hidden_state.pow(2).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, plain)
 
 
 # ---- input that cannot be answered
@@ -235,6 +342,14 @@ BAD_INPUT = {
             "cu_seqlens": torch.tensor([0, 4]),
         },
         "attention_mask beside cu_seqlens",
+    ),
+    "max_seqlen too small": (
+        {
+            "input_ids": torch.ones(4, dtype=torch.long),
+            "cu_seqlens": torch.tensor([0, 1, 4]),
+            "max_seqlen": 2,
+        },
+        "max_seqlen 2 for a sequence of 3 tokens",
     ),
     "packed in two dimensions": (
         {"input_ids": torch.ones(1, 4, dtype=torch.long), "cu_seqlens": torch.tensor([0, 4])},

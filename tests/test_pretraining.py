@@ -1,8 +1,13 @@
-"""Pre-training does what the recipe says: masks, packing, schedule, scores, resuming, export."""
+"""Pre-training does what the recipe says: masks, packing, optimiser, schedule, scores, export."""
 
+import io
+import itertools
 import json
 import math
 import os
+import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +15,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modernbert_mini import ModernBertForMaskedLM, Tokenizer, data, model_card, pretraining
+from modernbert_mini import (
+    ConfigError,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    Tokenizer,
+    data,
+    model_card,
+    pretraining,
+)
 from modernbert_mini.tokenizer import train_bpe
 
 WORDS = [*"abcdefghijklmno"]
@@ -34,10 +47,15 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def shard(tokenizer, tmp_path) -> data.TokenShard:
+    return to_shards(TEXTS, tokenizer, tmp_path)[0]
+
+
+def to_shards(texts, tokenizer, folder, **settings) -> list[data.TokenShard]:
     return data.tokenise_to_shards(
-        TEXTS,
+        texts,
         lambda texts: [tokenizer.encode(t, add_special_tokens=False) for t in texts],
-        tmp_path,
+        folder,
+        **settings,
     )
 
 
@@ -142,67 +160,175 @@ def test_an_epoch_holds_every_piece_once_between_cls_and_sep(shard, tokenizer):
             seen.append(tuple(row[1:-1]))
     pieces = pretraining.cut_documents(shard, 24)
     assert sorted(seen) == sorted(tuple(shard.tokens[a : a + n].tolist()) for a, n in pieces)
+    assert batches.tokens == 0  # looking is not training
 
 
-def test_batches_are_nearly_full(shard, tokenizer):
-    sizes = [len(batch["input_ids"]) for batch in packed(shard, tokenizer).one_epoch()]
-    assert min(sizes[:-1]) > 128 - 24
+@pytest.mark.parametrize("streams", [1, 3])
+def test_training_sees_every_piece_before_any_twice(shard, tokenizer, streams):
+    batches = packed(shard, tokenizer)
+    pieces = {tuple(p) for p in batches.pieces(0).tolist()}
+    handed, order = [], []
+    make = batches.stream
+    batches.stream = lambda chosen: handed.extend(map(tuple, chosen)) or make(chosen)
+    while batches.epoch == 0:
+        order += batches.take(streams)
+    first = handed[: len(pieces)]
+    # What waited at the end of the epoch comes first in the next.
+    late = [tuple(p) for p in batches.waiting]
+    assert len(set(first)) >= len(pieces) - pretraining.LOOKAHEAD - len(late)
+    assert {*handed, *late} == pieces
+    for stream in order:
+        assert len(stream["input_ids"]) <= 128 and stream["max_seqlen"] <= 24
+
+
+def test_streams_are_full(shard, tokenizer):
+    for streams in (1, 4):
+        batches = packed(shard, tokenizer)
+        taken = [stream for _ in range(12) for stream in batches.take(streams)]
+        assert len(taken) == 12 * streams
+        assert np.mean([len(stream["input_ids"]) for stream in taken]) > 0.98 * 128
+        assert batches.tokens == sum(len(stream["input_ids"]) for stream in taken)
+
+
+def test_no_sequence_sees_another(shard, tokenizer):
+    """The loss of a stream is that of its sequences alone."""
+    config = pretraining.PretrainingConfig("", {"x": 1}, model=TINY, vocab_size=VOCAB)
+    model = pretraining.build_model(config, tokenizer).eval()
+    stream = packed(shard, tokenizer).take(1)[0]
+    whole = model(**stream).logits
+    apart = [model(torch.tensor([row])).logits[0] for row in sequences(stream)]
+    torch.testing.assert_close(whole, torch.cat(apart), atol=1e-5, rtol=1e-4)
 
 
 def test_every_epoch_has_its_own_order_and_a_seed_repeats_it(shard, tokenizer):
-    plans = [[w.tolist() for w in packed(shard, tokenizer).plan(e)] for e in (0, 1, 0)]
-    assert plans[0] == plans[2] != plans[1]
-    assert packed(shard, tokenizer, seed=4).plan(0)[0].tolist() != plans[0][0]
+    def order(epoch, **changes):
+        batches = packed(shard, tokenizer, **changes)
+        batches.epoch = epoch
+        return batches.shuffled().tolist()
+
+    assert order(0) == order(0) != order(1)
+    assert order(0, seed=4) != order(0)
+    assert sorted(order(0)) == sorted(order(1))
+
+
+def test_shards_are_shuffled_a_few_at_a_time(tokenizer, tmp_path, monkeypatch):
+    """Memory holds the pieces of WINDOW shards, and yet every piece comes up in an epoch."""
+    monkeypatch.setattr(pretraining, "WINDOW", 2)
+    shards = to_shards(TEXTS, tokenizer, tmp_path, tokens_per_shard=500)
+    assert len(shards) > 6
+    settings = {"tokens_per_batch": 128, "max_length": 24, "repeats": [2] + [1] * (len(shards) - 1)}
+    batches = pretraining.PackedBatches(shards, tokenizer, **settings)
+    seen, most = [], 0
+    while batches.epoch == 0:
+        seen.append(tuple(batches.next_piece()))
+        most = max(most, len(batches.order))
+    seen.pop()  # the first of the next epoch
+    expected = [tuple(p) for i in [0, *range(len(shards))] for p in batches.pieces(i).tolist()]
+    assert sorted(seen) == sorted(expected)
+    assert most < len(expected) / 2
+    assert [shard for shard, *_ in seen] != sorted(shard for shard, *_ in seen)
 
 
 def test_a_repeated_shard_is_seen_as_often_in_each_epoch(shard, tokenizer):
     once, thrice = (packed(shard, tokenizer, repeats=[n]) for n in (1, 3))
-    assert len(thrice.pieces) == 3 * len(once.pieces)
-    both = pretraining.PackedBatches(
-        [shard, shard], tokenizer, tokens_per_batch=128, max_length=24, shuffle=False
-    )
-    rows = [row for batch in both.one_epoch() for row in sequences(batch)]
-    assert rows[: len(rows) // 2] == rows[len(rows) // 2 :]
+    assert sorted(thrice.order.tolist()) == sorted(3 * once.order.tolist())
 
 
-def test_batches_go_on_from_a_position(shard, tokenizer):
+def test_batches_go_on_from_a_state(shard, tokenizer):
     whole = packed(shard, tokenizer)
-    length = len(whole.plan(0))
-    stream = iter(whole)
-    expected = [next(stream)["input_ids"] for _ in range(length + 3)]  # into the next epoch
-    for stop in (1, length, length + 2):
+    expected = [whole.take(2) for _ in range(60)]  # into the next epoch
+    assert whole.epoch > 0
+    for stop in (1, 29, 50):
         first, second = packed(shard, tokenizer), packed(shard, tokenizer)
-        stream = iter(first)
         for _ in range(stop):
-            next(stream)
-        second.epoch, second.position = first.epoch, first.position
-        assert torch.equal(next(iter(second))["input_ids"], expected[stop])
+            first.take(2)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        for mine, theirs in zip(second.take(2), expected[stop], strict=True):
+            assert torch.equal(mine["input_ids"], theirs["input_ids"])
+        assert second.tokens > first.tokens
 
 
-def test_processes_share_the_batches(shard, tokenizer):
-    alone = packed(shard, tokenizer)
-    pair = [packed(shard, tokenizer, rank=rank, world=2) for rank in (0, 1)]
-    streams = [iter(p) for p in pair]
-    stream = iter(alone)
-    for _ in range(len(alone.plan(0)) // 2):
-        for own in streams:
-            assert torch.equal(next(own)["input_ids"], next(stream)["input_ids"])
-        assert pair[0].tokens == pair[1].tokens == alone.tokens
+def test_no_text_and_too_long_a_sequence_are_refused(shard, tokenizer, tmp_path):
+    empty = to_shards([], tokenizer, tmp_path / "empty")
+    with pytest.raises(ConfigError, match="no text"):
+        pretraining.PackedBatches(empty, tokenizer, tokens_per_batch=128, max_length=24)
+    with pytest.raises(ConfigError, match="sequences of 200 tokens"):
+        packed(shard, tokenizer, max_length=200)
 
 
-def test_gradients_are_averaged_over_processes(monkeypatch):
-    model = torch.nn.Linear(3, 2)
-    model(torch.ones(1, 3)).sum().backward()
-    mine = [p.grad.clone() for p in model.parameters()]
-    monkeypatch.setattr(pretraining, "process_rank", lambda: (0, 2))
-    # The other process's gradient is 1 everywhere.
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.add_(1.0))
-    pretraining.average_gradients(model)
-    for parameter, own in zip(model.parameters(), mine, strict=True):
-        torch.testing.assert_close(parameter.grad, (own + 1) / 2)
+# --- optimiser --------------------------------------------------------------------------
 
 
-# --- optimiser and schedule ---------------------------------------------------------------
+def descend(optimizer_class, gradients, lr=0.1, **settings) -> torch.Tensor:
+    """Where one parameter goes under some gradients."""
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3))
+    optimizer = optimizer_class([parameter], lr=lr, **settings)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return parameter.detach()
+
+
+@pytest.fixture
+def gradients() -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, generator=draw) for _ in range(20)]
+
+
+def test_with_pytorchs_decay_adamw_is_pytorchs(gradients):
+    settings = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
+    ours = descend(pretraining.AdamW, gradients, fully_decoupled=False, **settings)
+    theirs = descend(torch.optim.AdamW, gradients, **settings)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer_class", [pretraining.AdamW, pretraining.StableAdamW])
+def test_fully_decoupled_decay_does_not_depend_on_the_rate(optimizer_class):
+    nothing = [torch.zeros(2, 3)]
+    start = descend(optimizer_class, [])
+    for lr in (0.1, 1e-4):
+        left = descend(optimizer_class, nothing * 3, lr=lr, weight_decay=0.2)
+        torch.testing.assert_close(left, start * 0.8**3)
+
+
+def test_decay_follows_the_schedule():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = pretraining.AdamW([parameter], lr=0.5, weight_decay=0.2)
+    optimizer.param_groups[0]["lr"] = 0.25  # half of the peak
+    parameter.grad = torch.zeros(3)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((3,), 0.9))
+
+
+@pytest.mark.parametrize("scale", [1, 1e-5])  # the second is near eps
+def test_stable_adamw_is_its_formula(gradients, scale):
+    """Written once more, in numpy, as the paper has it: moments first, then their correction."""
+    gradients = [gradient * scale for gradient in gradients]
+    beta1, beta2, eps, lr, decay = 0.9, 0.98, 1e-6, 0.1, 0.01
+    gradients[10] *= 30  # a spike
+    weights, u, v = np.linspace(-1, 1, 6).reshape(2, 3), 0.0, 0.0
+    for t, gradient in enumerate(gradients, start=1):
+        g = gradient.double().numpy()
+        u, v = beta1 * u + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        u_hat, v_hat = u / (1 - beta1**t), v / (1 - beta2**t)
+        rms = np.sqrt(np.mean(g * g / np.maximum(v_hat, eps**2)))
+        rate = lr / max(1, rms)
+        weights = weights * (1 - rate / lr * decay) - rate * u_hat / (np.sqrt(v_hat) + eps)
+    settings = {"betas": (beta1, beta2), "eps": eps, "weight_decay": decay}
+    found = descend(pretraining.StableAdamW, gradients, **settings)
+    torch.testing.assert_close(found.double(), torch.from_numpy(weights), atol=1e-5, rtol=1e-5)
+
+
+def test_a_spike_moves_stable_adamw_less():
+    calm = [torch.full((2, 3), 1e-3 * (-1) ** i) for i in range(200)]
+    spike = [torch.full((2, 3), 10.0)]
+    moved = {}
+    for kind in (pretraining.AdamW, pretraining.StableAdamW):
+        moved[kind] = (descend(kind, calm + spike) - descend(kind, calm)).abs().max()
+    assert moved[pretraining.StableAdamW] < 0.25 * moved[pretraining.AdamW]
+
+
+# --- schedules --------------------------------------------------------------------------
 
 
 def rate(tokens: float, total: float = 1000) -> float:
@@ -221,9 +347,27 @@ def test_the_stable_part_does_not_know_the_end():
     assert [rate(t, total=1000) for t in range(600)] == [rate(t, total=5000) for t in range(600)]
 
 
+def test_without_decay_the_rate_stays():
+    rates = [pretraining.warmup_stable_decay(t, warmup=0, decay=0, total=10) for t in range(20)]
+    assert set(rates) == {1.0}
+
+
+def test_every_batch_size_has_as_many_steps():
+    sizes, tokens = [], 0
+    while tokens < 300_000:
+        sizes.append(pretraining.batch_size(tokens, start=768, full=4608, warmup=200_000))
+        tokens += sizes[-1]
+    counts = {size: sizes.count(size) for size in sizes}
+    assert [*counts] == [768 * i for i in range(1, 7)] and sizes == sorted(sizes)
+    below = [counts[768 * i] for i in range(1, 6)]
+    assert max(below) - min(below) <= 1
+    assert abs(sum(size for size in sizes if size < 4608) - 200_000) < 4608
+    assert pretraining.batch_size(0, start=4608, full=4608, warmup=0) == 4608
+
+
 def test_norms_biases_and_the_embedding_do_not_decay(tokenizer):
-    config = pretraining.PretrainingConfig("", {}, model=TINY, vocab_size=VOCAB)
-    model = ModernBertForMaskedLM(pretraining.model_config(config, tokenizer))
+    config = pretraining.PretrainingConfig("", {"x": 1}, model=TINY, vocab_size=VOCAB)
+    model = pretraining.build_model(config, tokenizer)
     decayed, spared = pretraining.parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -231,6 +375,124 @@ def test_norms_biases_and_the_embedding_do_not_decay(tokenizer):
     kinds = {name.split(".")[-2] for name in inside}
     assert kinds == {"Wqkv", "Wo", "Wi", "dense"}
     assert len(inside) + len(spared["params"]) == len(names)
+    more = {names[id(p)] for p in pretraining.parameter_groups(model, 0.1, True)[0]["params"]}
+    assert more - inside == {"model.embeddings.tok_embeddings.weight"}
+
+
+# --- weights from weights ---------------------------------------------------------------
+
+
+def sized(layers: int, heads: int, inner: int, head_dim: int = 4) -> ModernBertForMaskedLM:
+    torch.manual_seed(layers)
+    config = ModernBertConfig(
+        vocab_size=11,
+        hidden_size=heads * head_dim,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        pad_token_id=0,
+    )
+    model = ModernBertForMaskedLM(config)
+    for name, parameter in model.named_parameters():  # so that norms differ from each other too
+        if "norm" in name or "bias" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def test_the_small_matrix_stands_in_the_middle_and_goes_on_around_it():
+    for new, old in ((7, 3), (8, 3), (1024, 768), (5, 5), (9, 2)):
+        places = pretraining.wrap(new, old).tolist()
+        offset = (new - old) // 2
+        assert places[offset : offset + old] == [*range(old)]
+        assert all((b - a) % old == 1 % old for a, b in itertools.pairwise(places))
+
+
+def test_tiling_keeps_every_head_whole():
+    small, large = sized(2, heads=3, inner=6), sized(3, heads=6, inner=10)
+    pretraining.tile(small, large)
+    mine, theirs = (
+        m.model.layers[0].attn.Wqkv.weight.unflatten(0, (3, -1, 4)) for m in (large, small)
+    )
+    # 3 → 6 heads: one before, the three, two after.
+    columns = torch.tensor([*range(12)] * 3)[8 - 2 : 8 - 2 + 24]  # 12 → 24: six before, six after
+    for new, old in enumerate([2, 0, 1, 2, 0, 1]):
+        assert torch.equal(mine[:, new], theirs[:, old][..., columns])
+    back = (m.model.layers[0].attn.Wo.weight.unflatten(1, (-1, 4)) for m in (large, small))
+    mine, theirs = back
+    assert torch.equal(mine[6:18, 1:4], theirs)
+
+
+def test_tiling_keeps_the_two_halves_of_geglu_apart():
+    small, large = sized(2, heads=3, inner=6), sized(2, heads=3, inner=10)
+    pretraining.tile(small, large)
+    mine, theirs = (m.model.layers[1].mlp.Wi.weight.unflatten(0, (2, -1)) for m in (large, small))
+    assert torch.equal(mine[:, 2:8], theirs)
+    assert torch.equal(mine[:, 8:], theirs[:, :2]) and torch.equal(mine[:, :2], theirs[:, 4:])
+
+
+def test_layers_are_spread_and_what_is_missing_keeps_its_start():
+    small, large = sized(4, heads=2, inner=6), sized(6, heads=2, inner=6)
+    before = large.model.layers[1].attn_norm.weight.clone()
+    pretraining.tile(small, large)
+    for new, old in enumerate([0, 1, 1, 2, 3, 3]):  # round(i * 4 / 6)
+        a, b = (m.model.layers[k].mlp.Wo.weight for m, k in ((large, new), (small, old)))
+        assert torch.equal(a, b), new
+    assert torch.equal(
+        large.model.layers[1].attn_norm.weight, small.model.layers[1].attn_norm.weight
+    )
+    deep = sized(12, heads=2, inner=6)
+    before = deep.model.layers[1].attn_norm.weight.clone()
+    pretraining.tile(small, deep)  # layer 1 comes from layer 0, which has no attn_norm
+    assert torch.equal(deep.model.layers[1].attn_norm.weight, before)
+
+
+def test_a_model_tiled_to_its_own_size_is_itself():
+    small, same = sized(3, heads=2, inner=6), sized(3, heads=2, inner=6)
+    same.init_weights()
+    pretraining.tile(small, same)
+    for (name, a), b in zip(small.named_parameters(), same.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((2, 3, 5), "intermediate_size"), ((2, 2, 6), "hidden_size"), ((2, 3, 6, 8), "head_dim")],
+)
+def test_what_cannot_be_tiled_is_refused(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        pretraining.tile(sized(2, heads=3, inner=6), sized(*sizes))
+
+
+def test_a_tiled_mini_learns_faster_than_random_weights(tmp_path):
+    """Tiling changes what the model computes, so it is no better at once: it gets there sooner."""
+    from pydoc_data.topics import topics
+
+    tokenizer = Tokenizer.from_pretrained("mini")
+    shards = to_shards([topics[name] for name in sorted(topics)[:8]], tokenizer, tmp_path)
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 7}
+    recipe = {"tokenizer": "mini", "model": sizes | {"intermediate_size": 320}}
+    last = {}
+    for start in ("mini", None):
+        config = pretraining.PretrainingConfig("", {"x": 1}, **recipe, initialize_from=start)
+        model = pretraining.build_model(config, tokenizer)
+        batches = pretraining.PackedBatches(shards, tokenizer, tokens_per_batch=512, max_length=128)
+        optimizer = pretraining.AdamW(pretraining.parameter_groups(model, 0.0), lr=1e-3)
+        collate = pretraining.MaskingCollator(tokenizer)
+        for _ in range(6):
+            loss = model(**collate(batches.take(1)[0])).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        last[start] = loss.item()
+    assert last["mini"] < last[None] - 1
+
+
+def test_the_mean_of_models_is_the_mean_of_each_weight():
+    models = [dict(sized(2, 2, 6).named_parameters()) for _ in range(1)]
+    models += [{k: v + i for k, v in models[0].items()} for i in (1, 5)]
+    for name, mean in pretraining.average_weights(models).items():
+        torch.testing.assert_close(mean, models[0][name] + 2)
+        assert mean.dtype == torch.float32
 
 
 # --- scores -------------------------------------------------------------------------------
@@ -252,8 +514,8 @@ def test_scores_are_what_a_plain_count_gives():
 
 
 def test_the_unigram_baseline_counts_tokens(tmp_path):
-    first = data.tokenise_to_shards(["x"], lambda texts: [[0, 0, 0, 1]], tmp_path / "a")
-    second = data.tokenise_to_shards(["x"], lambda texts: [[2]], tmp_path / "b")
+    (first,) = data.tokenise_to_shards(["x"], lambda texts: [[0, 0, 0, 1]], tmp_path / "a")
+    (second,) = data.tokenise_to_shards(["x"], lambda texts: [[2]], tmp_path / "b")
     logits = pretraining.unigram_logits([first, second], [1, 2], vocab_size=6)
     # Counts 3, 1, 2, 0, 0, 0, each plus one, of 12 in all.
     assert logits.exp().tolist() == pytest.approx([4 / 12, 2 / 12, 3 / 12, 1 / 12, 1 / 12, 1 / 12])
@@ -265,8 +527,7 @@ def test_the_unigram_baseline_counts_tokens(tmp_path):
 
 def test_held_out_masks_never_change(shard, tokenizer):
     batches = [
-        pretraining.fixed_masks(packed(shard, tokenizer, shuffle=False).one_epoch(), tokenizer)
-        for _ in range(2)
+        pretraining.fixed_masks(packed(shard, tokenizer).one_epoch(), tokenizer) for _ in range(2)
     ]
     for one, other in zip(*batches, strict=True):
         assert torch.equal(one["labels"], other["labels"])
@@ -295,7 +556,7 @@ def config(tmp_path, monkeypatch) -> pretraining.PretrainingConfig:
     monkeypatch.setattr(
         pretraining,
         "load_corpus",
-        lambda name, config: data.make_corpus(name, EASY_TEXTS, "made for this test", "CC0"),
+        lambda name, config: data.Corpus(name, EASY_TEXTS, "made for this test", "CC0"),
     )
     return pretraining.PretrainingConfig(
         folder=str(tmp_path / "run"),
@@ -303,12 +564,12 @@ def config(tmp_path, monkeypatch) -> pretraining.PretrainingConfig:
         model=TINY,
         vocab_size=VOCAB,
         held_out_percent=10,
-        total_tokens=40 * 512,
+        training_tokens=40 * 512,
         warmup_tokens=2 * 512,
         decay_tokens=10 * 512,
         batch_tokens=512,
-        max_length=32,
-        peak_lr=1e-2,
+        max_sequence_length=32,
+        learning_rate=1e-2,
         log_every=5,
         evaluate_every=15,
         checkpoint_every=8,
@@ -319,11 +580,12 @@ def events(config, kind: str) -> list[dict]:
     return [line for line in pretraining.read_log(config.folder) if line["event"] == kind]
 
 
-def test_a_run_learns_more_than_frequencies(config):
-    run = pretraining.pretrain(config)
-    assert config.total_tokens - 512 < run.tokens <= config.total_tokens
+@pytest.mark.parametrize("optimizer", ["StableAdamW", "AdamW"])
+def test_a_run_learns_more_than_frequencies(config, optimizer):
+    run = pretraining.pretrain(replace(config, optimizer=optimizer))
+    assert config.training_tokens - 512 < run.tokens <= config.training_tokens
     start, last = events(config, "start")[0], events(config, "evaluation")[-1]
-    assert last["held_out"]["all"]["loss"] < start["unigram"]["all"]["loss"] - 0.3
+    assert last["held_out"]["all"]["loss"] < start["unigram"]["all"]["loss"] - 0.15
     assert last["held_out"]["all"]["positions"] == start["unigram"]["all"]["positions"]
     assert events(config, "end")[0]["step"] == run.steps
     assert [line["step"] for line in events(config, "train")][:3] == [5, 10, 15]
@@ -345,56 +607,527 @@ def test_a_resumed_run_gives_the_same_weights_bit_for_bit(config, tmp_path, monk
         pretraining.pretrain(config)
     monkeypatch.setattr(pretraining.Run, "step", step)
     torch.manual_seed(99)  # whatever the new process has drawn before
-    resumed = pretraining.pretrain(config)
+    resumed = pretraining.pretrain(config, resume=True)
     assert events(config, "start")[1]["resumed_at"]["step"] == 8
     for name, tensor in resumed.model.state_dict().items():
         assert torch.equal(tensor, whole[name]), name
 
 
-def test_a_checkpoint_is_old_or_new_never_half(config, monkeypatch):
-    run = pretraining.pretrain(config)
+def state_bytes(run) -> bytes:
+    file = io.BytesIO()
+    torch.save(run.state_dict() | {"progress": None}, file)  # without the seconds
+    return file.getvalue()
+
+
+def test_a_state_goes_through_a_file_and_back(config):
+    run = pretraining.Run(config, pretraining.prepare_data(prepared(config)))
+    for _ in range(3):
+        run.step()
     path = Path(config.folder) / "checkpoint.pt"
-    before = path.read_bytes()
+    pretraining.save_checkpoint(run, path)
+    other = pretraining.Run(config, run.data)
+    pretraining.load_checkpoint(other, path)
+    assert state_bytes(other) == state_bytes(run)
+    assert (other.steps, other.tokens, other.saved) == (3, run.tokens, 3)
+    assert run.step() | {} == other.step()
+    assert state_bytes(other) == state_bytes(run)
 
-    def broken(state, file):
-        file.write(b"half")
-        raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError, match="disk full"):
-        pretraining.save_checkpoint(run, path)
-    assert path.read_bytes() == before
+def prepared(config):
+    Path(config.folder).mkdir(exist_ok=True)
+    return config
+
+
+def test_microbatches_change_nothing_but_the_order_of_sums(config):
+    """The weight of a token does not depend on the stream that it is in."""
+    run = pretraining.Run(replace(config, microbatch_tokens=128), fresh_data(config))
+    gradients = []
+    run.optimizer.step = lambda: gradients.append([p.grad.clone() for p in run.model.parameters()])
+    run.model.config.embedding_dropout = 0.0
+    run.model.eval()
+    run.step()
+    run.steps = 0
+    run.begin(0)
+    streams = [run.mask(stream, i) for i, stream in enumerate(run.batches.take(4))]
+    counts = [int((s["labels"] != -100).sum()) for s in streams]
+    assert len({*counts}) > 1
+    run.model.zero_grad()
+    total = sum(run.model(**s).loss * n for s, n in zip(streams, counts, strict=True))
+    (total / sum(counts)).backward()
+    for parameter, gradient in zip(run.model.parameters(), gradients[0], strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def fresh_data(config):
+    return pretraining.prepare_data(prepared(config))
+
+
+class Together(pretraining.World):
+    """One of two processes that run one after the other."""
+
+    size = 2
+
+    def __init__(self, rank: int) -> None:
+        super().__init__("cpu")
+        self.rank = rank
+
+
+def test_processes_share_a_batch(config):
+    config = replace(config, microbatch_tokens=128)
+    training_data, gradients, losses = fresh_data(config), [], []
+    for world in (pretraining.World("cpu"), Together(0), Together(1)):
+        run = pretraining.Run(config, training_data, world)
+        kept = []
+        run.optimizer.step = lambda run=run, kept=kept: kept.extend(
+            p.grad.clone() for p in run.model.parameters()
+        )
+        losses.append(run.step()["loss"])
+        gradients.append(kept)
+    assert losses[1] + losses[2] == pytest.approx(losses[0])
+    for alone, first, second in zip(*gradients, strict=True):  # processes average gradients
+        torch.testing.assert_close((first + second) / 2, alone, atol=1e-6, rtol=1e-4)
+
+
+def test_a_batch_has_to_fit_the_processes(config):
+    with pytest.raises(ConfigError, match="batches of 1 streams; expected a multiple of 2"):
+        pretraining.Run(config, fresh_data(config), Together(0))
+
+
+PHASES = [
+    {"training_tokens": 4096, "learning_rate": 1e-2, "warmup_tokens": 1024},
+    {
+        "training_tokens": 4096,
+        "max_sequence_length": 64,
+        "global_rope_theta": 160_000,
+        "learning_rate": 5e-3,
+        "weight_decay": 1e-6,
+        "batch_tokens": 1024,
+    },
+    {"name": "decay", "training_tokens": 2048, "decay_tokens": 2048, "corpora": {"two": 1}},
+]
+
+
+def test_phases_follow_each_other(config):
+    config = replace(config, phases=PHASES, model=TINY | {"global_rope_theta": 10_000.0})
+    run = pretraining.Run(config, fresh_data(config))
+    seen = []
+    while not run.finished:
+        values = run.step()
+        group = run.optimizer.param_groups[0]
+        rope = run.model.config.rope_parameters
+        seen.append(
+            (
+                run.phase,
+                run.batches.max_length,
+                rope["full_attention"]["rope_theta"],
+                rope["sliding_attention"]["rope_theta"],
+                group["weight_decay"],
+                values["batch"],
+                len(run.batches.visits),
+            )
+        )
+    assert sorted({*seen}) == [
+        (0, 32, 10_000, 10_000, 1e-5, 512, 3),
+        (1, 64, 160_000, 10_000, 1e-6, 1024, 3),
+        (2, 32, 160_000, 10_000, 1e-5, 512, 1),
+    ]
+    steps = [sum(s[0] == phase for s in seen) for phase in range(3)]
+    assert steps == [8, 4, 4]
+    assert 4096 * 2 + 2048 - 2048 < run.tokens <= 4096 * 2 + 2048
+    assert {int(state["step"]) for state in run.optimizer.state.values()} == {16}  # it goes on
+
+
+def test_a_longer_context_with_a_larger_base_changes_what_global_layers_see(config):
+    run = pretraining.Run(replace(config, phases=PHASES), fresh_data(config))
+    stream = run.batches.take(1)[0]
+    run.model.eval()
+    for parameter in run.model.parameters():
+        parameter.data *= 20  # so that a position matters before any training
+    before = run.model(**stream).logits
+    run.phases[0].global_rope_theta = 1000.0
+    run.begin(0)
+    assert (before - run.model(**stream).logits).abs().max() > 1e-2
+
+
+def test_a_run_resumed_in_a_later_phase_is_the_same(config, tmp_path):
+    config = replace(config, phases=PHASES, average=2, evaluate_every=1, checkpoint_every=10)
+    whole = pretraining.pretrain(config)
+    config.folder = str(tmp_path / "other")
+    run = pretraining.Run(config, fresh_data(config))
+    for _ in range(13):
+        run.step()
+    pretraining.save_checkpoint(run, tmp_path / "other" / "checkpoint.pt")
+    resumed = pretraining.pretrain(config, resume=True)
+    assert state_bytes(resumed) == state_bytes(whole)
+    assert (resumed.tokens, resumed.steps) == (whole.tokens, whole.steps)
+    assert len(pretraining.kept(resumed)) == 2
+
+
+def test_the_best_of_the_decay_are_averaged(config, tmp_path):
+    config = replace(config, average=2, evaluate_every=2)
+    run = pretraining.pretrain(config)
+    lines = [e for e in events(config, "evaluation") if 30 < e["step"] < run.steps]
+    best = sorted(lines, key=lambda line: line["held_out"]["all"]["loss"])[:2]
+    kept = pretraining.kept(run)
+    assert {state["step"] for state in kept} == {line["step"] for line in best}
+    final = {name: p.detach() for name, p in run.model.named_parameters()}
+    scores = pretraining.export(config.folder, tmp_path / "out")
+    model = ModernBertForMaskedLM.from_pretrained(tmp_path / "out")
+    mean = pretraining.average_weights([final, *(state["model"] for state in kept)])
+    last = events(config, "evaluation")[-1]["held_out"]["all"]["loss"]
+    expected = mean if scores["all"]["loss"] < last else final
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], msg=name)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{last:.4f}" in card and "these are the weights of the" in card
+
+
+# --- precision and places -----------------------------------------------------------------
+
+
+def test_bfloat16_is_for_hardware_that_has_it(monkeypatch):
+    cuda = torch.device("cuda")
+    for capability, expected in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert pretraining.uses_bfloat16("auto", cuda) is expected
+    assert not pretraining.uses_bfloat16("auto", torch.device("cpu"))
+    assert pretraining.uses_bfloat16("bfloat16", torch.device("cpu"))
+    assert not pretraining.uses_bfloat16("float32", cuda)
+
+
+def test_bfloat16_trains_nearly_the_same(config):
+    training_data = fresh_data(config)
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        run = pretraining.Run(replace(config, precision=precision), training_data)
+        losses.append([run.step()["loss"] for _ in range(5)])
+        assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ConfigError, match="device 'cuda'"):
+        pretraining.World("cuda")
+    assert pretraining.World("auto").device == torch.device("cpu")
+
+
+def test_gradients_are_clipped_where_the_recipe_says(config):
+    config = replace(config, clip_norm=0.01)
+    run = pretraining.Run(config, fresh_data(config))
+    norms = []
+    run.optimizer.step = lambda: norms.append(
+        torch.stack([p.grad.norm() for p in run.model.parameters()]).norm().item()
+    )
+    values = run.step()
+    assert values["gradient_norm"] > 0.02  # what it was
+    assert norms[0] == pytest.approx(0.01, rel=1e-3)
+
+
+# --- what goes wrong ----------------------------------------------------------------------
+
+
+def interrupted(config, monkeypatch, steps: int = 11) -> dict:
+    """A run that was stopped; its checkpoint is of step 8."""
+    step = pretraining.Run.step
+
+    def stop(run):
+        if run.steps == steps:
+            raise KeyboardInterrupt
+        return step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining.Run, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pretraining.pretrain(config)
+    return checkpoint_of(config)
+
+
+def checkpoint_of(config) -> bytes:
+    return (Path(config.folder) / "checkpoint.pt").read_bytes()
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_loss_that_is_no_number_stops_the_run(config, monkeypatch, bad):
+    good = interrupted(config, monkeypatch)
+    draw = pretraining.Run.mask
+
+    def spoil(run, stream, number):
+        if run.steps == 10:
+            with torch.no_grad():  # as if the weights had run away
+                run.model.decoder.bias.fill_(float(bad))
+        return draw(run, stream, number)
+
+    monkeypatch.setattr(pretraining.Run, "mask", spoil)
+    with pytest.raises(pretraining.TrainingError) as caught:
+        pretraining.pretrain(config, resume=True)
+    text = str(caught.value)
+    assert "step 11: the loss is nan" in text and "Lower the learning rate" in text
+    assert "The checkpoint of step 8 in" in text
+    assert checkpoint_of(config) == good
+    monkeypatch.setattr(pretraining.Run, "mask", draw)
+    assert pretraining.pretrain(config, resume=True).finished
+
+
+needs_full = pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="no /dev/full here, the disk that is always full"
+)
+
+
+@needs_full
+def test_a_full_disk_at_a_checkpoint_leaves_the_last_one(config, monkeypatch):
+    good = interrupted(config, monkeypatch)
+    beside = Path(config.folder) / ".checkpoint.pt.partial"
+    beside.symlink_to("/dev/full")
+    with pytest.raises(pretraining.TrainingError) as caught:
+        pretraining.pretrain(config, resume=True)
+    assert "checkpoint.pt could not be written" in str(caught.value)
+    assert "No space left on device" in str(caught.value)
+    assert "The checkpoint of step 8 in" in str(caught.value)
+    assert checkpoint_of(config) == good
+    assert not beside.is_symlink()  # what half was written is gone
+    assert pretraining.pretrain(config, resume=True).finished
+
+
+@needs_full
+def test_a_full_disk_at_the_log_leaves_the_checkpoint(config, monkeypatch):
+    good = interrupted(config, monkeypatch)
+    log, step = Path(config.folder) / "log.jsonl", pretraining.Run.step
+
+    def fill(run):
+        if run.steps == 9:
+            log.unlink()
+            log.symlink_to("/dev/full")
+        return step(run)
+
+    monkeypatch.setattr(pretraining.Run, "step", fill)
+    with pytest.raises(pretraining.TrainingError, match="No space left.*\n.*step 8"):
+        pretraining.pretrain(config, resume=True)
+    assert checkpoint_of(config) == good
+
+
+@needs_full
+def test_a_full_disk_while_tokenising_stops_the_run(config):
+    folder = Path(config.folder) / "train" / "two"
+    folder.mkdir(parents=True)
+    (folder / ".00000.tokens.partial").symlink_to("/dev/full")
+    with pytest.raises(pretraining.TrainingError, match="No space left on device"):
+        pretraining.pretrain(config)
+    assert not (Path(config.folder) / "checkpoint.pt").exists()
+    assert pretraining.pretrain(config).finished  # begins the data again
+
+
+def test_a_folder_that_cannot_be_made_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    config.folder = str(tmp_path / "file" / "run")
+    with pytest.raises(OSError, match="file"):
+        pretraining.pretrain(config)
+
+
+def test_an_unwritable_folder_is_named(config):
+    folder = Path(config.folder)
+    folder.mkdir(mode=0o500)
+    if os.access(folder, os.W_OK):
+        pytest.skip("this user may write anywhere")
+    with pytest.raises(pretraining.TrainingError, match=f"{folder} cannot be written"):
+        pretraining.pretrain(config)
+
+
+def test_two_processes_do_not_train_in_one_folder(config):
+    Path(config.folder).mkdir()
+    in_use = pytest.raises(OSError, match="in use by another process")
+    with pretraining.claiming(Path(config.folder)), in_use:
+        pretraining.pretrain(config)
+
+
+def test_a_run_is_not_overwritten(config, monkeypatch):
+    good = interrupted(config, monkeypatch)
+    with pytest.raises(ConfigError, match="a run in this folder.*--resume"):
+        pretraining.pretrain(config)
+    assert checkpoint_of(config) == good
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 1}, "seed 1; expected seed 0"),
+        ({"model": {"hidden_size": 64} | {}}, "model"),
+        ({"max_sequence_length": 16}, "max_sequence_length 16"),
+        ({"corpora": {"one": 2, "two": 2}}, "corpora"),
+        ({"vocab_size": 290}, "vocab_size 290; expected vocab_size 300"),
+        ({"optimizer": "AdamW"}, 'optimizer "AdamW"'),
+    ],
+)
+def test_a_recipe_that_does_not_fit_the_checkpoint_is_refused(config, monkeypatch, changes, said):
+    good = interrupted(config, monkeypatch)
+    if "model" in changes:
+        changes = {"model": TINY | {"intermediate_size": 64}}
+    with pytest.raises(ConfigError) as caught:
+        pretraining.pretrain(replace(config, **changes), resume=True)
+    assert said in str(caught.value) and "as in this folder" in str(caught.value)
+    assert checkpoint_of(config) == good
+
+
+def test_a_stable_run_can_be_prolonged(config, monkeypatch):
+    interrupted(config, monkeypatch)
+    longer = replace(config, training_tokens=60 * 512)
+    assert pretraining.pretrain(longer, resume=True).steps > 50
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda _: b"x" * 99]
+)
+def test_a_damaged_checkpoint_is_named(config, monkeypatch, damage):
+    path = Path(config.folder) / "checkpoint.pt"
+    path_bytes = interrupted(config, monkeypatch)
+    path.write_bytes(damage(path_bytes))
+    with pytest.raises(ConfigError, match="checkpoint.pt: found no checkpoint"):
+        pretraining.pretrain(config, resume=True)
+
+
+def test_changed_shards_are_refused(config, monkeypatch):
+    interrupted(config, monkeypatch)
+    path = Path(config.folder) / "train" / "one" / "00000.tokens"
+    raw = bytearray(path.read_bytes())
+    raw[10] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ConfigError, match="00000.tokens: found sha256"):
+        pretraining.pretrain(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("documents", "said"),
+    [((), "no text"), (("", ""), "no text"), (("a b c",), "nothing held out")],
+)
+def test_an_empty_corpus_is_named(config, monkeypatch, documents, said):
+    monkeypatch.setattr(
+        pretraining, "load_corpus", lambda name, config: data.Corpus(name, documents, "", "")
+    )
+    with pytest.raises(ConfigError, match=said):
+        pretraining.pretrain(config)
+    assert not (Path(config.folder) / "checkpoint.pt").exists()
+
+
+def test_a_missing_corpus_says_what_there_is(config, monkeypatch):
+    monkeypatch.undo()
+    config.corpora = {"no/such/folder": 1}
+    with pytest.raises(data.CorpusNotFoundError, match="vital-articles.*does not exist"):
+        pretraining.pretrain(config)
+
+
+# --- log, plot, data ----------------------------------------------------------------------
+
+
+def test_half_a_line_of_the_log_is_dropped(config, monkeypatch):
+    interrupted(config, monkeypatch)
+    path = Path(config.folder) / "log.jsonl"
+    with path.open("a") as file:
+        file.write('{"event": "tra')
+    assert pretraining.read_log(config.folder)[-1]["event"] == "train"
+    pretraining.pretrain(config, resume=True)
+    assert [json.loads(line) for line in path.read_text().splitlines()][-1]["event"] == "end"
+
+
+def test_the_end_leaves_a_plot_and_the_recipe(config):
+    pretraining.pretrain(config)
+    folder = Path(config.folder)
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        pretraining.PretrainingConfig.from_dict(json.loads((folder / "recipe.json").read_text()))
+        == config
+    )
+    assert not [p.name for p in folder.iterdir() if "partial" in p.name]
+
+
+def test_tensorboard_gets_the_numbers_where_it_is_installed(config, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder):
+            written.append(str(folder))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(pretraining.importlib.util, "find_spec", lambda name: name == "tensorboard")
+    pretraining.pretrain(config)
+    line = events(config, "train")[0]
+    assert ("train/loss", line["loss"], line["step"]) in written
+    line = events(config, "evaluation")[-1]
+    assert ("evaluation/loss", line["held_out"]["all"]["loss"], line["step"]) in written
+    assert ("evaluation/top1", line["held_out"]["all"]["top1"], line["step"]) in written
+    assert written[0].endswith("tensorboard") and written[-1] == "closed"
+
+
+def test_a_bar_shows_loss_speed_and_the_time_left(config, capsys, monkeypatch):
+    import tqdm
+
+    class Loud(tqdm.tqdm):
+        def __init__(self, *args, disable, **settings):
+            super().__init__(*args, disable=disable is True, mininterval=0, **settings)
+
+    monkeypatch.setattr(tqdm, "tqdm", Loud)
+    pretraining.pretrain(config, progress=True)
+    shown = capsys.readouterr().err
+    assert "tok/s" in shown and "loss=" in shown and "<00:0" in shown
+
+
+def test_tokens_are_counted_exactly(config, monkeypatch):
+    """What the log counts is what went through the model."""
+    through = []
+    forward = ModernBertForMaskedLM.forward
+
+    def counted(model, input_ids=None, **more):
+        through.append(len(input_ids) if model.training else 0)
+        return forward(model, input_ids, **more)
+
+    monkeypatch.setattr(ModernBertForMaskedLM, "forward", counted)
+    run = pretraining.pretrain(replace(config, microbatch_tokens=256))
+    assert sum(through) == run.tokens == events(config, "end")[0]["tokens"]
 
 
 def test_nothing_held_out_is_in_the_training_shards(config):
-    training_data = pretraining.prepare_data(config)
+    training_data = fresh_data(config)
     for name in config.corpora:
-        train = {tuple(training_data.train[name][i]) for i in range(len(training_data.train[name]))}
-        held_out = training_data.held_out[name]
+        (train,), (held_out,) = training_data.train[name], training_data.held_out[name]
         assert 10 < len(held_out) < 80
-        assert not train & {tuple(held_out[i]) for i in range(len(held_out))}
+        assert not {tuple(d) for d in train} & {tuple(d) for d in held_out}
+        assert len(train) + len(held_out) == len(EASY_TEXTS)
 
 
 def test_data_is_prepared_once(config, monkeypatch):
-    first = pretraining.prepare_data(config)
+    first = fresh_data(config)
     monkeypatch.setattr(pretraining, "load_corpus", None)
-    second = pretraining.prepare_data(config)
-    assert first.train["one"].sha256 == second.train["one"].sha256
+    second = fresh_data(config)
+    assert first.train["one"][0].sha256 == second.train["one"][0].sha256
 
 
-def test_an_unknown_corpus_is_named():
-    with pytest.raises(ValueError, match="unknown corpus 'x'; known are vital-articles"):
-        pretraining.load_corpus("x", pretraining.PretrainingConfig("", {}))
+def test_a_finished_tokenizer_is_used_as_it_is(config, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config.tokenizer = str(tmp_path / "tokenizer")
+    training_data = fresh_data(config)
+    assert training_data.tokenizer.encode(TEXTS[3]) == tokenizer.encode(TEXTS[3])
+    assert pretraining.Run(config, training_data).model.config.vocab_size == len(tokenizer)
 
 
-def test_a_recipe_is_read_from_toml(tmp_path):
-    file = tmp_path / "recipe.toml"
-    file.write_text('folder = "run"\ncorpora = { wordnet = 2 }\n[model]\nhidden_size = 64\n')
-    config = pretraining.PretrainingConfig.from_toml(file)
-    assert config.corpora == {"wordnet": 2} and config.model == {"hidden_size": 64}
-    file.write_text('folder = "run"\ncorpora = {}\nlearning_rat = 1\n')
-    with pytest.raises(TypeError, match="learning_rat"):
-        pretraining.PretrainingConfig.from_toml(file)
+def test_your_own_text_is_a_corpus(config, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    (tmp_path / "mine").mkdir()
+    lines = (json.dumps({"text": text}) for text in EASY_TEXTS)
+    (tmp_path / "mine" / "a.jsonl").write_text("\n".join(lines))
+    config.corpora = {str(tmp_path / "mine"): 1}
+    assert pretraining.pretrain(config).finished
+    (about,) = events(config, "start")[0]["corpora"]
+    assert about["name"] == "mine" and about["documents"] == len(EASY_TEXTS)
+    assert about["train_tokens"] + about["held_out_tokens"] > 1000
 
 
 # --- export -------------------------------------------------------------------------------
@@ -454,7 +1187,7 @@ def test_the_card_counts_a_repeated_step_once():
     facts = model_card.summarise(log)
     assert facts["curve"]["train"] == [[1, 9.0], [2, 7.0], [3, 6.0]]
     assert (facts["resumed"], facts["decay_started_at"], facts["finished"]) == (1, 2, False)
-    assert facts["recipe"] == {"seed": 0, "total_tokens": 3}
+    assert facts["recipe"] == {"seed": 0}
 
 
 # --- mini ---------------------------------------------------------------------------------
@@ -487,15 +1220,13 @@ def test_the_scores_on_the_card_of_mini_can_be_measured_again(mini_facts, tmp_pa
     recipe = mini_facts["recipe"]
     tokenizer = Tokenizer.from_pretrained("mini")
     _, held_out = data.split_held_out(corpus.documents, recipe["held_out_percent"])
-    shard = data.tokenise_to_shards(
-        held_out, lambda texts: tokenizer(texts, add_special_tokens=False).input_ids, tmp_path
-    )
+    shards = to_shards(held_out, tokenizer, tmp_path)
+    phase = pretraining.PretrainingConfig(**recipe | {"folder": ""}).columns()[0]
     batches = pretraining.PackedBatches(
-        [shard],
+        shards,
         tokenizer,
-        tokens_per_batch=recipe["batch_tokens"],
-        max_length=recipe["max_length"],
-        shuffle=False,
+        tokens_per_batch=pretraining.stream_tokens(phase),
+        max_length=phase.max_sequence_length,
     )
     model = ModernBertForMaskedLM.from_pretrained("mini", sparse_prediction=True)
     found = pretraining.evaluate(model, pretraining.fixed_masks(batches.one_epoch(), tokenizer))

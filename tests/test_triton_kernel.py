@@ -1,10 +1,11 @@
-"""The Triton kernels, on a GPU where there is one and in Triton's interpreter where there is none.
+"""The Triton kernels: on paper everywhere, in Triton's interpreter or on a GPU where these are.
 
 Whether Triton interprets or compiles is settled when it is first imported, and nothing else in
-this suite may see the one or the other by accident. So the tests of the kernels are functions
-named `kernel_…`, which only a process of their own collects: `collect` starts it.
+this suite may see the one or the other by accident. So the tests named `test_kernel_…` run here
+on the GPU on paper, which needs no Triton, and once more in processes of their own.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -17,43 +18,57 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from modernbert_mini import triton_kernel
 from modernbert_mini.alternating_attention import packed_mask
+from modernbert_mini.checks._paper_gpu import PaperError, PaperGPU, PaperKernel, stand_in
 from modernbert_mini.config import ConfigError
-from modernbert_mini.triton_kernel import triton_attention
+from modernbert_mini.triton_kernel import tl, triton_attention
 
-DEVICE = os.environ.get("TRITON_TEST_DEVICE", "cpu")
-OWN = 32  # the rows of a tile in the interpreter
+RUN_BY = os.environ.get("TRITON_TEST", "paper")  # or "interpreter", or "cuda"
+DEVICE = "cuda" if RUN_BY == "cuda" else "cpu"
+OWN, OTHER = 32, 16  # rows of a tile, on paper and in the interpreter
 H = 2
 needs_triton = pytest.mark.skipif(
     triton_kernel.triton is None, reason="needs Triton: `pip install triton` on Linux"
 )
+on_paper = pytest.mark.skipif(RUN_BY != "paper", reason="looks at the GPU on paper")
+KERNELS = ["forward_kernel", "query_kernel", "key_value_kernel"]
 
 
-def collect(prefix: str, **environment: str) -> None:
-    """Run the functions of this file whose names begin with `prefix`, in a process of their own."""
+@pytest.fixture(autouse=True)
+def machine(request, monkeypatch):
+    """Run the kernels on paper, unless this process is there for another machine."""
+    if RUN_BY == "paper" and "test_kernel_" in request.node.name:
+        monkeypatch.setattr(triton_kernel, "triton", stand_in()[0])
+        for name in KERNELS:
+            kernel = PaperKernel(getattr(triton_kernel, name), {"OWN": OWN, "OTHER": OTHER})
+            monkeypatch.setattr(triton_kernel, name, kernel)
+
+
+def again(**environment: str) -> None:
+    """Run the tests of the kernels once more, in a process of their own."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    command += ["-o", f"python_functions={prefix}", __file__]
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    inherited = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     child = subprocess.run(
-        command, env={**inherited, **environment}, capture_output=True, text=True, check=False
+        [*command, "-k", "test_kernel_", __file__],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
     assert " passed" in child.stdout
 
 
 @needs_triton
-def test_the_kernels_in_the_interpreter():
-    collect("kernel_", TRITON_INTERPRET="1")
+@on_paper
+def test_all_of_it_in_the_interpreter():
+    again(TRITON_TEST="interpreter", TRITON_INTERPRET="1")
 
 
 @needs_triton
+@on_paper
 @pytest.mark.gpu
-def test_the_kernels_on_a_gpu():
-    collect("kernel_", TRITON_TEST_DEVICE="cuda")
-
-
-@needs_triton
-def test_the_kernels_compile_for_gpus_that_are_not_here():
-    collect("compiler_")
+def test_all_of_it_on_a_gpu():
+    again(TRITON_TEST="cuda")
 
 
 # ---- what works without Triton ----
@@ -153,7 +168,7 @@ CASES = {  # lengths, half window, head dimension
 
 
 @pytest.mark.parametrize("case", CASES)
-def kernel_equals_sdpa(case):
+def test_kernel_equals_sdpa(case):
     lengths, half_window, size = CASES[case]
     qkv, bounds = stream(lengths, size)
     out, expected = call(qkv, bounds, half_window), reference(qkv, bounds, half_window)
@@ -168,7 +183,7 @@ def kernel_equals_sdpa(case):
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)], ids=str
 )
-def kernel_works_in_16_bits(dtype, bound):
+def test_kernel_works_in_16_bits(dtype, bound):
     qkv, bounds = stream([50, 21], 32, dtype)
     wide = [x.detach().float().requires_grad_() for x in qkv]
     out, expected = call(qkv, bounds, 9), reference(wide, bounds, 9)
@@ -179,22 +194,30 @@ def kernel_works_in_16_bits(dtype, bound):
         assert one.dtype == dtype and apart(one, other) < 10 * bound
 
 
-def kernel_leaves_a_token_that_sees_itself_only_as_it_is():
+def test_kernel_keeps_its_log_sum_exp_in_base_two():
+    qkv, bounds = stream([20, 3])
+    lse = triton_kernel.forward(*(x.detach() for x in qkv), bounds, 20, None)[1]
+    scores = qkv[0] @ qkv[1].mT * 16**-0.5
+    natural = scores.masked_fill(~packed_mask(bounds, None), -torch.inf).logsumexp(-1)
+    assert apart(lse * math.log(2), natural) < 1e-5
+
+
+def test_kernel_leaves_a_token_that_sees_itself_only_as_it_is():
     qkv, bounds = stream([40])
     assert torch.equal(call(qkv, bounds, 0), qkv[2])
 
 
 @pytest.mark.parametrize("half_window", [None, 5])
-def kernel_gives_a_sequence_the_same_bits_in_any_stream(half_window):
+def test_kernel_gives_a_sequence_the_same_bits_in_any_stream(half_window):
     (q, k, v), bounds = stream([11, 45, 70])
     together = call((q, k, v), bounds, half_window)
     alone = call([x[:, 11:56] for x in (q, k, v)], bounds.new_tensor([0, 45]), half_window)
     assert torch.equal(together[:, 11:56], alone)
-    assert torch.equal(call((q, k, v), bounds, half_window, max_seqlen=1000), together)
+    assert torch.equal(call((q, k, v), bounds, half_window, max_seqlen=300), together)
     assert apart(call((q, k, v), bounds.long(), half_window), together) < 1e-5
 
 
-def kernel_reads_nothing_of_other_sequences():
+def test_kernel_reads_nothing_of_other_sequences():
     (q, k, v), bounds = stream([20, 30, 20])
     with torch.no_grad():
         for x in (q, k, v):
@@ -206,7 +229,7 @@ def kernel_reads_nothing_of_other_sequences():
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the tiles are as large as tuning made them")
-def kernel_never_loads_a_tile_outside_the_window():
+def test_kernel_never_loads_a_tile_outside_the_window():
     # The first tile of queries sees up to key 31 + 5, in tiles of 16 up to key 47. What stands
     # behind is not a number, and would spoil everything if it were loaded and then masked.
     (q, k, v), bounds = stream([200])
@@ -223,7 +246,20 @@ def kernel_never_loads_a_tile_outside_the_window():
         assert x[:, OWN : 2 * OWN].isnan().any(), "the trap is armed"
 
 
-def kernel_survives_scores_that_overflow_an_exponential():
+@on_paper
+def test_kernel_loads_less_where_it_sees_less():
+    loaded = {}
+    for half_window in (None, 5):
+        for length in (256, 512):
+            call(*stream([length]), half_window)
+            loaded[half_window, length] = triton_kernel.forward_kernel.gpu.loaded["k"]
+    assert loaded[None, 512] == 4 * loaded[None, 256]
+    assert 1.9 < loaded[5, 512] / loaded[5, 256] < 2.2
+    # 32 rows see 5 + 32 + 5 keys, three tiles of 16; a key has 16 numbers of 4 bytes.
+    assert loaded[5, 512] <= H * (512 // OWN) * 3 * OTHER * 16 * 4
+
+
+def test_kernel_survives_scores_that_overflow_an_exponential():
     (q, k, v), bounds = stream([50])
     large = [q * 100, k * 100, v]
     assert (large[0] @ large[1].mT).abs().max() > 10_000
@@ -231,7 +267,7 @@ def kernel_survives_scores_that_overflow_an_exponential():
     assert apart(call(large, bounds), reference(large, bounds)) < 1e-2
 
 
-def kernel_survives_a_first_tile_that_is_hidden():
+def test_kernel_survives_a_first_tile_that_is_hidden():
     # The last rows of the first tile of queries see nothing of the first tile of keys, and what
     # they do see has low scores: nothing of the hidden one may be left.
     (q, k, v), bounds = stream([64])
@@ -239,7 +275,7 @@ def kernel_survives_a_first_tile_that_is_hidden():
     assert apart(call((q, k, v), bounds, 3), reference((q, k, v), bounds, 3)) < 1e-3
 
 
-def kernel_takes_any_strides():
+def test_kernel_takes_any_strides():
     lengths = [30, 15]
     qkv, bounds = stream(lengths)
     expected = call(qkv, bounds)
@@ -257,7 +293,7 @@ def kernel_takes_any_strides():
     assert all(apart(one, other) < 1e-4 for one, other in zip(ours, theirs, strict=True))
 
 
-def kernel_copies_nothing_on_the_way_in_and_out(monkeypatch):
+def test_kernel_copies_nothing_on_the_way_in_and_out(monkeypatch):
     def copy(self):
         raise AssertionError("copied")
 
@@ -267,7 +303,7 @@ def kernel_copies_nothing_on_the_way_in_and_out(monkeypatch):
     assert out.transpose(0, 1).flatten(1).data_ptr() == out.data_ptr()
 
 
-def kernel_stands_in_the_layer_of_a_real_model():
+def test_kernel_stands_in_the_layer_of_a_real_model():
     from modernbert_mini import ModernBertModel
     from modernbert_mini.alternating_attention import packed_sdpa_attention
     from modernbert_mini.rope import inverse_frequencies, rotary_table
@@ -296,7 +332,7 @@ def kernel_stands_in_the_layer_of_a_real_model():
     assert apart(grad, expected_grad) < 1e-4 * expected_grad.abs().max()
 
 
-def kernel_is_an_operator_that_torch_compile_takes_whole():
+def test_kernel_is_an_operator_that_torch_compile_takes_whole():
     qkv, bounds = stream([9, 14])
     sample = (*qkv, bounds, 14, 4)
     torch.library.opcheck(triton_kernel.forward_op, sample)
@@ -317,7 +353,7 @@ def kernel_is_an_operator_that_torch_compile_takes_whole():
             assert all(apart(a, b) < 1e-5 for a, b in zip(one, other, strict=True))
 
 
-def kernel_refuses_a_second_derivative():
+def test_kernel_refuses_a_second_derivative():
     qkv, bounds = stream([5])
     (first,) = torch.autograd.grad(call(qkv, bounds).sum(), qkv[0], create_graph=True)
     with pytest.raises(RuntimeError):
@@ -353,15 +389,141 @@ def compiled_for(tuned, capability, config, dtype, size, half_window):
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-@pytest.mark.parametrize("name", ["forward_kernel", "query_kernel", "key_value_kernel"])
+@needs_triton
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(
     ("capability", "config", "dtype", "size", "half_window"),
     [(80, 2, "bf16", 64, 64), (89, 0, "fp32", 32, None), (90, 2, "fp16", 64, None)],
 )
-def compiler_takes(name, capability, config, dtype, size, half_window):
+def test_compiles_for_a_gpu_that_is_not_here(name, capability, config, dtype, size, half_window):
     tuned = getattr(triton_kernel, name)
+    if not isinstance(tuned.fn, triton_kernel.triton.JITFunction):
+        pytest.skip("TRITON_INTERPRET is set: nothing is compiled")
     made = compiled_for(tuned, capability, tuned.configs[config], dtype, size, half_window)
     assert made.metadata.shared <= SHARED[capability] * 1024
     # Tensor cores do the products of 16 bits; float32 is multiplied in full.
     tensor_cores = any(word in made.asm["ptx"] for word in ("mma.sync", "wgmma"))
     assert tensor_cores == (dtype != "fp32") and "tf32" not in made.asm["ptx"]
+
+
+# ---- the GPU on paper ----
+
+
+def copy_kernel(x, out, n, BLOCK):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < n
+    tl.store(out + places, tl.load(x + places, mask=inside), mask=inside)
+
+
+def careless_kernel(x, out, n, BLOCK):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + places, tl.load(x + places), mask=places < n)
+
+
+def unread_kernel(x, out, n, BLOCK):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + tl.program_id(0), tl.sum(tl.load(x + places, mask=places < n), 0))
+
+
+def overlapping_kernel(x, out, n, BLOCK):
+    places = tl.program_id(0) * BLOCK // 2 + tl.arange(0, BLOCK)
+    tl.store(out + places, tl.load(x + places, mask=places < n), mask=places < n)
+
+
+def sum_in_one_place_kernel(x, out, n, BLOCK):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    more = tl.sum(tl.load(x + places, mask=places < n, other=0.0), 0)
+    tl.store(out, tl.load(out) + more)
+
+
+def shift_in_place_kernel(x, out, n, BLOCK):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    following = tl.load(x + places + 1, mask=places + 1 < n, other=0.0)
+    tl.store(x + places, following, mask=places < n)
+
+
+def no_pointer_kernel(x, out, n, BLOCK):
+    tl.store(tl.arange(0, BLOCK), 0.0)
+
+
+def run_on_paper(kernel, x, block=4):
+    out = torch.zeros_like(x)
+    grid = (-(-len(x) // block),)
+    return out, PaperGPU().run(kernel, grid, x, out, len(x), BLOCK=block)
+
+
+@pytest.fixture
+def numbers():
+    return torch.arange(10.0)
+
+
+@on_paper
+def test_paper_runs_a_kernel_and_counts_its_bytes(numbers):
+    out, gpu = run_on_paper(copy_kernel, numbers)
+    assert torch.equal(out, numbers)
+    assert gpu.loaded == {"x": 40} and gpu.stored == {"out": 40}
+    assert [len(places) for _, _, places in gpu.trace] == [4, 4, 2]
+
+
+@on_paper
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        (careless_kernel, r"tl.load in program \(2, 0, 0\) goes to number 10 of `x`, which has 10"),
+        (overlapping_kernel, "writes a number of `out` that another one writes, too"),
+        (sum_in_one_place_kernel, "reads a number of `out` that another one writes"),
+        (shift_in_place_kernel, "writes a number of `x` that another one reads"),
+        (no_pointer_kernel, "tl.store wants a pointer"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_paper_forgives_nothing(numbers, kernel, said):
+    with pytest.raises(PaperError, match=said):
+        run_on_paper(kernel, numbers)
+
+
+@on_paper
+def test_paper_sees_a_race_between_two_views_of_one_tensor():
+    both = torch.arange(16.0)
+    with pytest.raises(PaperError, match="another one"):
+        # The first half moves to the right by two programs' worth: over what others still read.
+        PaperGPU().run(copy_kernel, (2,), both[:8], both[4:12], 8, BLOCK=4)
+
+
+@on_paper
+def test_paper_fills_what_a_mask_leaves_out_with_nan(numbers):
+    out, _ = run_on_paper(unread_kernel, numbers)
+    assert out[:2].isfinite().all() and out[2].isnan()
+
+
+@on_paper
+@pytest.mark.parametrize(
+    ("shapes", "dtypes", "said"),
+    [
+        (((16, 16), (32, 16)), ("float32", "float32"), "do the sides meet"),
+        (((8, 16), (16, 16)), ("float32", "float32"), "no side below 16"),
+        (((16, 16), (16, 16)), ("float32", "float16"), "which one is to be cast"),
+    ],
+)
+def test_paper_multiplies_what_tensor_cores_multiply(shapes, dtypes, said):
+    a, b = (torch.ones(x, dtype=getattr(torch, y)) for x, y in zip(shapes, dtypes, strict=True))
+    with pytest.raises(PaperError, match=said):
+        PaperGPU().language.dot(a, b)
+
+
+@on_paper
+def test_paper_wants_powers_of_two(numbers):
+    with pytest.raises(PaperError, match="power of two"):
+        run_on_paper(copy_kernel, numbers, block=5)
+
+
+@on_paper
+def test_paper_stands_in_for_triton(numbers):
+    triton, _ = stand_in()
+    kernel = triton.autotune([triton.Config({"BLOCK": 4}, num_warps=1)], key=[])(
+        triton.jit(copy_kernel, do_not_specialize=["n"])
+    )
+    out = torch.zeros_like(numbers)
+    kernel[lambda sizes: (triton.cdiv(10, sizes["BLOCK"]),)](numbers, out, 10, num_warps=4)
+    assert torch.equal(out, numbers) and kernel.gpu.loaded["x"] == 40
+    assert triton.next_power_of_2(24) == 32

@@ -119,6 +119,11 @@ def test_a_mask_of_any_dtype_will_do(dtype):
     assert packed.tolist() == [0, 1, 2, 3, 7, 10, 11]
 
 
+def test_every_mask_value_but_zero_is_real():
+    packed, *_ = unpad(torch.arange(4)[None], torch.tensor([[1, 0, 2, -1]]))
+    assert packed.tolist() == [0, 2, 3]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_dtypes_pass_through(dtype):
     x, mask = torch.ones(3, 4, dtype=dtype), torch.tensor(MASKS["right"])
@@ -330,6 +335,39 @@ def test_token_classification_packed_and_padded():
     packed, found = gradients(model, **FlatteningCollator()(features))
     torch.testing.assert_close(packed.loss, padded.loss, rtol=0, atol=1e-5)
     assert_equal_gradients(found, expected)
+
+
+# ---- a padded batch, which the model unpads by itself ----
+
+
+@pytest.mark.parametrize("head", [ModernBertForMaskedLM, ModernBertForTokenClassification])
+def test_the_model_unpads_by_itself(head):
+    torch.manual_seed(4)
+    model = head(tiny(num_labels=60))
+    ids, mask = padded_batch(LENGTHS)
+    labels = torch.where(mask.bool(), ids % 5, -100)
+    padded, expected = gradients(
+        model, input_ids=ids, attention_mask=mask, labels=labels, keep_padded=True
+    )
+    alone, found = gradients(model, input_ids=ids, attention_mask=mask, labels=labels)
+    stream, indices, cu_seqlens, _ = unpad(ids, mask)
+    by_hand = pad(model(stream, cu_seqlens=cu_seqlens).logits, indices, *mask.shape)
+    real = mask.bool()
+    assert padded.logits[~real].abs().max() > 0  # a rectangle computes its padding …
+    assert not alone.logits[~real].any()  # … and who has unpadded puts zeros there
+    torch.testing.assert_close(alone.logits, by_hand, rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone.logits[real], padded.logits[real], rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone.loss, padded.loss, rtol=0, atol=1e-5)
+    assert_equal_gradients(found, expected)
+
+
+@torch.no_grad()
+def test_padding_in_front_stays_where_column_0_may_be_read():
+    torch.manual_seed(5)
+    model = ModernBertForSequenceClassification(tiny(classifier_pooling="cls"))
+    ids, mask = (x.flip(1) for x in padded_batch(LENGTHS))
+    kept = model(ids, attention_mask=mask, keep_padded=True).logits
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits, kept, rtol=0, atol=1e-5)
 
 
 # ---- the collator ----

@@ -217,6 +217,18 @@ def test_padding_holds_numbers_that_no_token_sees():
     close(*states)
 
 
+def test_padding_comes_back_as_zeros():
+    ours, theirs = both("ModernBertModel")
+    batch = make_batch((5, 9, 30))
+    real = batch["attention_mask"].bool()
+    kept = ours(**batch).last_hidden_state  # by sdpa, as in transformers
+    ours.attn_implementation = "auto"
+    states = ours(**batch).last_hidden_state
+    close(states[real], kept[real])
+    assert not states[~real].any()
+    close(ours(**batch, keep_padded=True).last_hidden_state, theirs(**batch).last_hidden_state)
+
+
 def test_a_packed_stream_has_no_padding():
     ours, _ = both("ModernBertModel")
     batch = make_batch((5, 9, 30))

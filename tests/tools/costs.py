@@ -4,7 +4,8 @@
 
 `make costs` runs the chapters, writes `modernbert_mini/recorded/costs.json`, which the cost card of
 each chapter shows, and the README's tables: what chapters cost, and how `mini` scores, from what
-its training recorded.
+its training recorded; and how fast the package is, from `modernbert_mini/recorded/speed.json`,
+which `modernbert-mini benchmark --json` writes.
 """
 
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from modernbert_mini import plots
+from modernbert_mini import benchmark, plots
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = ROOT / "modernbert_mini" / "mini" / "training.json"
@@ -58,6 +59,7 @@ def fill(page: str) -> str:
     tables = {
         "costs": plots.cost_table(json.loads(RECORD.read_text())),
         "scores": scores_table(json.loads(TRAINING.read_text())),
+        "speed": benchmark.speed_table(benchmark.recorded("speed")),
     }
     for name, text in tables.items():
         between = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
