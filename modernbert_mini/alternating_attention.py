@@ -92,7 +92,7 @@ def packed_sdpa_attention(
     lengths: list[int],
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, None]:
-    """Global attention over a packed stream, one sequence after the other.
+    """Global attention over a packed stream, one sequence after the other or all at once.
 
     Args:
         q, k, v: (H, N, D).
@@ -102,6 +102,9 @@ def packed_sdpa_attention(
     Returns:
         The mixed values (H, N, D), and None for the weights.
     """
+    if len({*lengths}) == 1:  # sequences of one length stack into a batch
+        q, k, v = (x.unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (q, k, v))
+        return sdpa_attention(q, k, v, dropout=dropout)[0].transpose(0, 1).flatten(1, 2), None
     # One split and one concatenation: slicing instead would make the backward pass write a
     # gradient of the whole stream for every sequence.
     parts = zip(*(x[None].split(lengths, dim=-2) for x in (q, k, v)), strict=True)

@@ -239,12 +239,9 @@ class ModernBertModel(PretrainedModel):
             batch["position_ids"] = position_ids.expand(attention_mask.shape)
         _, indices, cu_seqlens, longest = unpad(attention_mask, attention_mask)
         rows, length = attention_mask.shape
-        stream = {
-            name: unpad(x, attention_mask)[0] if torch.is_tensor(x) else x
-            for name, x in batch.items()
-        }
-        stream |= {"attention_mask": None, "cu_seqlens": cu_seqlens, "max_seqlen": longest}
-        return stream, partial(pad, indices=indices, batch=rows, length=length)
+        taken = {k: unpad(x, attention_mask)[0] for k, x in batch.items() if torch.is_tensor(x)}
+        bounds = {"attention_mask": None, "cu_seqlens": cu_seqlens, "max_seqlen": longest}
+        return batch | taken | bounds, partial(pad, indices=indices, batch=rows, length=length)
 
     def _pays(
         self,
@@ -309,8 +306,7 @@ class ModernBertModel(PretrainedModel):
             from .triton_kernel import triton_attention as attend  # imports Triton, if there
         else:
             attend = partial(flash_attention, kernel=flash_kernel(*self._machine()))
-        if max_seqlen is None:
-            max_seqlen = int(cu_seqlens.diff().max())
+        max_seqlen = max_seqlen or int(cu_seqlens.diff().max())
         bounds = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
         return {kind: partial(attend, **bounds, half_window=w) for kind, w in half_windows.items()}
 

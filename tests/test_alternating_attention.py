@@ -12,6 +12,7 @@ from modernbert_mini.alternating_attention import (
     padded_mask,
     window_mask,
 )
+from modernbert_mini.attention import sdpa_attention
 
 HALF_WINDOWS = {"full_attention": None, "sliding_attention": 3}
 
@@ -128,6 +129,19 @@ def test_a_wide_window_on_a_short_stream_makes_no_wide_band():
 def test_local_layers_of_a_packed_stream_never_hold_a_square():
     attend = packed_backends("sdpa", torch.tensor([0, 3000]), {"sliding_attention": 64})
     assert attend["sliding_attention"].keywords["mask"].numel() < 3000**2 / 10
+
+
+@pytest.mark.parametrize("lengths", [[20, 20], [40], [8] * 5, [25, 15]], ids=str)
+def test_global_layers_take_sequences_of_one_length_at_once(lengths):
+    q, k, v = inputs = stream(40)
+    out, _ = packed_sdpa_attention(q, k, v, lengths=lengths)
+    alone = zip(*(x.split(lengths, dim=1) for x in inputs), strict=True)
+    expected = torch.cat([sdpa_attention(*(x[None] for x in part))[0][0] for part in alone], 1)
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
+    weight = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    gradients = [torch.autograd.grad((x * weight).sum(), inputs) for x in (out, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
 def test_dropout_reaches_every_packed_backend():
