@@ -286,7 +286,7 @@ class TokenClassification(Task):
     inputs = ("words",)
     metric = "macro_f1"
     defaults = FineTuningConfig(
-        epochs=0.4, lr=3e-3, layer_decay=0.9, batch_tokens=1024, max_length=128
+        epochs=0.36, lr=3e-3, layer_decay=0.9, batch_tokens=1024, max_length=256
     )
 
     def check(self, row, labelled=True):

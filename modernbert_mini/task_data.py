@@ -166,7 +166,7 @@ def definition_rows(articles: Sequence[dict]) -> Iterator[dict]:
 
 
 def first_sentence(text: str) -> str:
-    """A text up to its first full stop that a capital follows."""
+    """A text up to its first full stop with a letter from A to Z after it."""
     return sentences_of(" ".join(text.split()))[0]
 
 
@@ -471,7 +471,10 @@ AFTER_IS = re.compile(
 
 
 def sentences_of(text: str) -> list[str]:
-    """The sentences of a text, each with its full stop."""
+    """A text cut at full stops before a letter from A to Z, each part with its full stop.
+
+    An initial ("T. S. Eliot") and "U.S." end no sentence.
+    """
     return [s.rstrip(".") + "." for s in SENTENCE_END.split(text)]
 
 

@@ -253,6 +253,21 @@ def test_benchmark_does_what_it_is_asked_for(run, tiny_work):
     ]
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_benchmark_compiles_when_asked(run, tiny_work, monkeypatch, asked):
+    given = []
+    contenders = benchmark.contenders
+
+    def noted(row, device, compiled=False):
+        given.append(compiled)
+        return contenders(row, device)  # compiling takes minutes
+
+    monkeypatch.setattr(benchmark, "contenders", noted)
+    code, _, err = run("benchmark", "--quick", "--repeats", 1, *["--compile"] * asked)
+    assert (code, err) == (0, "")
+    assert set(given) == {asked}
+
+
 def test_benchmark_shows_its_progress_at_a_terminal(run, tiny_work, monkeypatch, capsys):
     # tqdm asks the stream that it writes to
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)

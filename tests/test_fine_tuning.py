@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import types
 from dataclasses import replace
@@ -119,6 +120,12 @@ def test_the_rate_rises_and_falls_to_the_end():
     assert shares[:4] == [0.25, 0.5, 0.75, 1.0]
     assert all(a > b > 0 for a, b in zip(shares[3:], shares[4:], strict=False))
     assert fine_tuning.warmup_then_linear(0, warmup=0, total=1) == 1.0
+
+
+def test_labels_are_counted_in_the_order_of_the_alphabet():
+    rows = [{"label": x, "labels": [x, "z"]} for x in "hgfedcba"]
+    assert fine_tuning.label_names(rows, "label") == list("abcdefgh")
+    assert fine_tuning.label_names(rows, "labels") == list("abcdefghz")
 
 
 # --- batches ----------------------------------------------------------------------------------
@@ -328,7 +335,8 @@ def test_words_behind_the_cut_have_no_answer_and_count_as_wrong(tokenizer, folde
 def test_every_word_of_a_text_survives_the_way_to_tokens_and_back(context, tokenizer, folder):
     """The words are read off the tokens that training is told to find."""
     task, model = TASKS["question-answering"], load("question-answering", folder)
-    for answer in [*context.split(), " ".join(context.split()[:2]), context.split(".")[0]]:
+    words = [*context.split(), *re.findall(r"\w+", context)]
+    for answer in [*words, " ".join(context.split()[:2]), context.split(".")[0]]:
         if answer not in context:
             continue
         row = {"question": "Which?", "context": context, "answer": answer}
@@ -337,8 +345,9 @@ def test_every_word_of_a_text_survives_the_way_to_tokens_and_back(context, token
         start, end = (feature[key] - feature["skip"] for key in fine_tuning.POSITIONS)
         offsets = feature["offsets"]
         assert answer in context[offsets[start][0] : offsets[end][1]]
-        inner = context[offsets[start][1] : offsets[end][0]] if start < end else ""
-        assert inner in answer
+        first, last = context.find(answer), context.find(answer) + len(answer) - 1
+        assert start == 0 or offsets[start - 1][1] <= first  # no token too many on either side
+        assert offsets[end][0] <= last
 
 
 def test_an_answer_behind_the_cut_adds_no_loss(tokenizer, folder):
@@ -435,6 +444,13 @@ def test_a_contrastive_loss_is_that_of_a_guess_where_all_is_alike():
     assert fine_tuning.contrastive_loss(apart, apart.roll(1, 0), 0.05) > 19
 
 
+def test_a_contrastive_loss_counts_both_directions():
+    a, b = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    there, back = (torch.diag((x @ y.T / 0.5).softmax(dim=1)) for x, y in ((a, b), (b, a)))
+    expected = -(there.log().mean() + back.log().mean()) / 2
+    assert fine_tuning.contrastive_loss(a, b, 0.5) == pytest.approx(expected.item(), abs=1e-5)
+
+
 def test_an_embedding_has_length_one_and_does_not_depend_on_its_neighbours(folder, tokenizer):
     name = "sentence-embedding"
     task, model = TASKS[name], load(name, folder)
@@ -442,6 +458,16 @@ def test_an_embedding_has_length_one_and_does_not_depend_on_its_neighbours(folde
     alone = fine_tuning.predict(task, model, tokenizer, ROWS[name][2:3])
     assert torch.allclose(together[2], alone[0], atol=1e-6)
     assert torch.allclose(torch.stack(together).norm(dim=-1), torch.ones(4, 2), atol=1e-6)
+
+
+def test_an_embedding_is_the_mean_of_all_tokens(folder, tokenizer):
+    name = "sentence-embedding"
+    model = load(name, folder)
+    found = fine_tuning.predict(TASKS[name], model, tokenizer, ROWS[name])[1][1]
+    with torch.no_grad():
+        x = model(**tokenizer(ROWS[name][1]["text"], return_tensors="pt")).last_hidden_state
+    mean = x[0].mean(dim=0)
+    assert torch.allclose(found, mean / mean.norm(), atol=1e-5)
 
 
 def test_an_embedding_model_cannot_be_frozen(folder, tokenizer):
@@ -636,6 +662,15 @@ def test_a_question_is_not_answered_by_its_own_words(made):
     assert share < 0.05
 
 
+def test_what_is_right_stands_once_in_a_row(made):
+    for row in made["multiple-choice"].train:
+        assert row["choices"].count(row["choices"][row["label"]]) == 1
+        assert row["context"] not in row["choices"]
+    for row in made["question-answering"].train:
+        sentences = task_data.sentences_of(row["context"])
+        assert len(set(sentences)) == len(sentences) >= 2
+
+
 def test_places_of_right_answers_are_even(made):
     labels = [row["label"] for row in made["multiple-choice"].train]
     for i in range(4):
@@ -717,6 +752,14 @@ def test_bm25_prefers_rare_words_and_short_texts():
         > bm25.scores("dog", ["dog", "dog " + "x " * 20])[1]
     )
     assert bm25.scores("nothing", ["the cat"]) == [0]
+
+
+def test_bm25_is_the_formula():
+    """Robertson and Zaragoza, section 3, by hand: two texts of 1 and 3 words, k1 1.2, b 0.75."""
+    rarity = math.log(1 + (2 - 1 + 0.5) / (1 + 0.5))
+    expected = rarity * 2 * 2.2 / (2 + 1.2 * (0.25 + 0.75 * 3 / 2))
+    found = task_data.BM25(["cat", "dog dog bird"]).scores("A dog?", ["dog, dog; bird"])
+    assert found == [pytest.approx(expected)]
 
 
 @each_task

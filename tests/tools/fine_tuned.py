@@ -31,10 +31,10 @@ DECAYS = {"sequence-classification": (1.0, 0.6)}
 def run(task, tokenizer, rows, config) -> dict:
     """Scores of one run, on all test rows and on those from articles that `mini` never saw."""
     torch.manual_seed(config.seed)
-    model, losses = task.load("mini", rows.train), []
+    model = task.load("mini", rows.train)
     wall, cpu = time.perf_counter(), time.process_time()
     if hasattr(model, "model") or not config.frozen:
-        losses = fine_tuning.fine_tune(task, model, tokenizer, rows.train, config).losses
+        fine_tuning.fine_tune(task, model, tokenizer, rows.train, config)
     trained = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     answers = fine_tuning.predict(task, model, tokenizer, rows.test)
     places = [i for i, row in enumerate(rows.test) if row["unseen"]]
@@ -47,7 +47,6 @@ def run(task, tokenizer, rows, config) -> dict:
         **{name: round(value, 1) for name, value in trained.items()},
         "seconds_with_test": round(whole["wall"], 1),
         "cpu_seconds_with_test": round(whole["cpu"], 1),
-        "losses": [round(loss, 4) for loss in losses],
         **more(task, rows.test, answers),
     }
 
@@ -76,8 +75,7 @@ def record(name: str, seeds: list[int]) -> dict:
             found[kind].append(
                 run(task, tokenizer, rows, replace(task.defaults, seed=seed, **change))
             )
-            shown = found[kind][-1] | {"losses": "…", "examples": "…"}
-            print(name, kind, seed, shown, flush=True)
+            print(name, kind, seed, found[kind][-1] | {"examples": "…"}, flush=True)
     return {
         "metric": task.metric,
         "rows": {part: len(getattr(rows, part)) for part in ("train", "validation", "test")},
