@@ -895,7 +895,7 @@ def entry_cells(result: Result, entry: Entry) -> tuple[str, ...]:
 
 
 def recorded(name: str) -> dict[str, Any] | None:
-    """What ``write_json`` wrote for the package: "speed" on a CPU, "gpu" on a GPU; or None."""
+    """What ``write_json`` wrote for the package: "speed", "compiled" or "gpu"; or None."""
     path = files(__package__) / "recorded" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 

@@ -75,6 +75,8 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     Returns:
         Shape and dtype of ``x``; computed in float32.
     """
+    half = x.shape[-1] // 2
     wide = x.float()
-    # wide·cos + rotate_half(wide)·sin, without writing the second product to memory.
-    return torch.addcmul(wide * cos, rotate_half(wide), sin).to(x.dtype)
+    # rotate_half(wide)·sin: the halves change places, and the sine of the first one its sign.
+    signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)  # (..., D)
+    return torch.addcmul(wide * cos, wide.roll(half, dims=-1), signed).to(x.dtype)

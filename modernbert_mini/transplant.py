@@ -17,14 +17,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoints import PretrainedModel
 
 # Function of the package -> the modules that call it by that name.
 FUNCTIONS = {
     "apply_rotary": ("attention",),
-    "rotate_half": ("rope",),
+    "rotate_half": ("attention",),
     "gated_linear_unit": ("geglu",),
     "rotary_table": ("model",),
     "inverse_frequencies": ("model",),
@@ -96,6 +96,8 @@ def _swap_function(encoder: nn.Module, name: str, own: Callable, layers: Iterabl
     elif name in ("window_mask", "padded_mask"):
         encoder.attn_implementation = "sdpa"  # a packed stream has a band in place of masks
     owners = [importlib.import_module(f"{__package__}.{module}") for module in FUNCTIONS[name]]
+    if name == "rotate_half":  # the package has it folded into apply_rotary
+        name, own = "apply_rotary", partial(_turn_by, own)
     places = encoder.layers if name in INSIDE_LAYERS else [encoder]
     numbers = range(len(places)) if layers is None else _checked(layers, len(places))
     fitted = _with_fewer_arguments(own)
@@ -120,6 +122,12 @@ def _with_fewer_arguments(own: Callable) -> Callable:
         return own(*inputs[:count], **{n: v for n, v in named.items() if n in names})
 
     return fitted
+
+
+def _turn_by(rotate_half: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``apply_rotary`` as the textbook has it."""
+    wide = x.float()
+    return (wide * cos + rotate_half(wide) * sin).to(x.dtype)
 
 
 def _run_with(owners, name, own, inner, *inputs, **named):

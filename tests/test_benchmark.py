@@ -659,7 +659,7 @@ def test_the_provenance_names_the_gpu_and_a_quick_run():
     assert "commit unknown" in words and "quick run" in words
 
 
-@pytest.mark.parametrize("name", ["speed", "gpu"])
+@pytest.mark.parametrize("name", ["speed", "compiled", "gpu"])
 def test_the_record_is_a_whole_run(name):
     report = benchmark.recorded(name)
     if report is None:
@@ -667,7 +667,7 @@ def test_the_record_is_a_whole_run(name):
     check_schema(report, SCHEMA)
     assert not report["settings"]["quick"] and report["settings"]["repeats"] >= 3
     assert report["machine"]["commit"] and report["machine"]["transformers"]
-    assert (report["machine"]["device"] == "cpu") == (name == "speed")
+    assert (report["machine"]["device"] == "cpu") == (name != "gpu")
     for result in report["results"]:
         assert max(entry["difference"] for entry in result["entries"]) < 0.1
         config = benchmark.shape_config(result["shape"])

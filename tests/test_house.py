@@ -319,6 +319,7 @@ def test_the_readme_shows_what_was_recorded():
     text = read("README.md")
     assert costs.fill(text) == text, "run python tests/tools/costs.py"
     assert "<!-- costs -->\n| chapter" in text and "<!-- scores -->\n| on held-out" in text
+    assert "<!-- speed -->\n| work" in text
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

@@ -58,6 +58,8 @@ def run_everything(tracer: Tracer) -> None:
     stream = packed()
     every = torch.randint(LABELS, (N,))
     starts = torch.tensor([0] * S)
+    with tracer.at(sizes({L}, {B})):
+        rope.rotate_half(torch.rand(B, L, D))  # apply_rotary has it folded away
     for name in ("eager", "sdpa"):
         with tracer.at(sizes({L}, {B}, num_labels=LABELS)):
             batch = padded(B, L)
