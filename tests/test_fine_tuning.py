@@ -793,7 +793,7 @@ def test_mini_beats_the_untrained_after_a_few_steps(name, made):
     config = replace(task.defaults, epochs=0.02)
     fine_tuning.fine_tune(task, model, tokenizer, made[name].train, config)
     after = fine_tuning.evaluate(task, model, tokenizer, rows)
-    assert after[task.metric] > before[task.metric] + 0.1
+    assert after[task.metric] > before[task.metric] + 0.05
 
 
 def test_the_embedded_checkpoint_stays_as_it_is(made):
