@@ -50,7 +50,8 @@ def setup_cell(url: str) -> str:
         "try:\n"
         "    import modernbert_mini\n"
         "except ImportError:\n"
-        f'    %pip install -q "modernbert-mini @ git+{url}"'
+        f'    %pip install -q "modernbert-mini @ git+{url}"\n'
+        "    import modernbert_mini"
     )
 
 
