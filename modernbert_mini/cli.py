@@ -176,10 +176,12 @@ stopped, even by kill -9 or a full disk, goes on from its last checkpoint with -
 
 recipes that come with the package:
   tiny              every part of the paper's recipe, small
+  own-text          goes on from mini with text of your own
   modernbert-base   the paper's own, to read and to copy from
 
 examples:
   {PROGRAM} pretrain --config tiny
+  {PROGRAM} pretrain --config own-text --corpus letters --folder run
   {PROGRAM} pretrain --config recipe.toml --resume""",
     )
     pretrain.add_argument(
@@ -188,6 +190,13 @@ examples:
         metavar="FILE",
         help="the recipe: a .toml or .yaml file, or the name of one in the package",
     )
+    pretrain.add_argument(
+        "--corpus",
+        action="append",
+        metavar="NAME",
+        help="train on this in place of the recipe's corpora; may be given several times",
+    )
+    pretrain.add_argument("--folder", help="of the run, in place of the recipe's")
     pretrain.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint of the run's folder"
     )
@@ -410,10 +419,14 @@ def run_pretrain(options: argparse.Namespace) -> None:
     from .pretraining import export, pretrain
     from .recipe import PretrainingConfig
 
-    config = PretrainingConfig.from_file(options.config)
+    config = PretrainingConfig.from_file(options.config).with_places(options.corpus, options.folder)
     folder = Path(config.folder)
     print(f"log: {folder / 'log.jsonl'}", flush=True)
-    run = pretrain(config, resume=options.resume, progress=True)
+    try:
+        run = pretrain(config, resume=options.resume, progress=True)
+    except KeyboardInterrupt:
+        say("stopped: the same command with --resume goes on from the last checkpoint")
+        raise
     scores = export(folder, folder / "model")["all"]
     print(f"{run.tokens:,} tokens in {run.steps:,} steps, {run.seconds:,.0f} s of training")
     print(

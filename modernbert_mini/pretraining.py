@@ -20,8 +20,8 @@ import pickle
 import platform
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, astuple, dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from . import data
 from .atomic import claiming, writing
 from .config import ConfigError, ModernBertConfig
+from .distributed import World, joined
 from .heads import ModernBertForMaskedLM
 from .recipe import PretrainingConfig, check
 from .tokenizer import Tokenizer, train_bpe
@@ -229,8 +230,8 @@ class PackedBatches:
         self.position += 1
         return self.order[self.position - 1].tolist()
 
-    def take(self, streams: int) -> list[dict]:
-        """The next streams, filled as well as ``first_fit`` does."""
+    def plan(self, streams: int) -> list[list[list[int]]]:
+        """What goes into the next streams, filled as well as ``first_fit`` does: their pieces."""
         room, chosen, left = streams * self.capacity, [], []
         while room > 2 and len(left) < LOOKAHEAD:
             piece = self.next_piece()
@@ -239,9 +240,13 @@ class PackedBatches:
             room -= (piece[2] + 2) * fits
         bins = first_fit([length + 2 for _, _, length in chosen], self.capacity)
         self.waiting = [chosen[i] for spare in bins[streams:] for i in spare] + left + self.waiting
-        filled = [self.stream([chosen[i] for i in full]) for full in bins[:streams]]
-        self.tokens += sum(len(stream["input_ids"]) for stream in filled)
+        filled = [[chosen[i] for i in full] for full in bins[:streams]]
+        self.tokens += sum(map(stream_length, filled))
         return filled
+
+    def take(self, streams: int) -> list[dict]:
+        """The next streams."""
+        return [self.stream(pieces) for pieces in self.plan(streams)]
 
     def __iter__(self) -> Iterator[dict]:
         while True:
@@ -251,7 +256,7 @@ class PackedBatches:
         """Every piece once, in the order of the shards; for evaluation. Nothing is counted."""
         group: list[list[int]] = []
         for piece in itertools.chain.from_iterable(map(self.pieces, range(len(self.shards)))):
-            if sum(length + 2 for _, _, length in group) + piece[2] + 2 > self.capacity:
+            if stream_length(group) + piece[2] + 2 > self.capacity:
                 yield self.stream(group)
                 group = []
             group.append(piece.tolist())
@@ -276,6 +281,11 @@ class PackedBatches:
         """Go on where ``state_dict`` was taken."""
         vars(self).update(state, waiting=[list(piece) for piece in state["waiting"]])
         self.order = self.shuffled()
+
+
+def stream_length(pieces: list[list[int]]) -> int:
+    """Tokens of a stream of these pieces, special ones counted."""
+    return sum(length + 2 for _, _, length in pieces)
 
 
 # --- optimiser --------------------------------------------------------------------------
@@ -545,17 +555,23 @@ def fixed_masks(batches: Iterable[dict], tokenizer: Tokenizer, probability: floa
 
 
 @torch.no_grad()
-def evaluate(model: ModernBertForMaskedLM, batches: Iterable[dict]) -> dict[str, float]:
-    """Masked loss (nats), top-1 and top-5 accuracy of a model with ``sparse_prediction``."""
-    was_training = model.training
+def evaluate(
+    model: ModernBertForMaskedLM, batches: Iterable[dict], world: World | None = None
+) -> dict[str, float]:
+    """Masked loss (nats), top-1 and top-5 accuracy of a model with ``sparse_prediction``.
+
+    The processes of a ``world`` take turns with the batches; each gets the scores of all.
+    """
+    world, was_training = world or World("cpu"), model.training
     model.eval()
     scores = MaskedScores()
-    for batch in batches:
+    for batch, counts in world.turns(batches):
         batch = to_device(batch, model.decoder.weight.device)
-        labels = batch["labels"]
-        scores.add(model(**batch).logits, labels[labels != IGNORED])
+        labels, logits = batch["labels"], model(**batch).logits
+        if counts:
+            scores.add(logits, labels[labels != IGNORED])
     model.train(was_training)
-    return scores.means()
+    return MaskedScores(*map(world.sum, astuple(scores))).means()
 
 
 def unigram_logits(shards: list[data.TokenShard], repeats: list[int], vocab_size: int) -> Tensor:
@@ -578,54 +594,7 @@ def evaluate_unigram(logits: Tensor, batches: Iterable[dict]) -> dict[str, float
     return scores.means()
 
 
-# --- where it runs ----------------------------------------------------------------------
-
-
-class World:
-    """One process that trains alone; chapter 15 has those that train together.
-
-    ``pretrain`` asks it for all that is different when several do. Each process takes every
-    ``size``-th stream of a batch, from ``rank`` on, and masks follow from the step and the
-    stream, so the run does not depend on how many there are, but for the order of sums.
-
-    Args:
-        device: "cpu", "cuda", or "auto": a GPU where there is one.
-
-    Raises:
-        ConfigError: for a GPU that is not there.
-    """
-
-    rank, size = 0, 1
-
-    def __init__(self, device: str = "auto") -> None:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
-        found = self.device.type != "cuda" or torch.cuda.is_available()
-        check(found, f"device {device!r}", "one that torch finds here", "Use cpu or auto.")
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call in training; its parameters stay those of ``model``."""
-        return model
-
-    def accumulating(self, module: nn.Module, last: bool) -> AbstractContextManager:
-        """Around each forward and backward pass; gradients are exchanged in the last of a step."""
-        return nullcontext()
-
-    def sum(self, number: float) -> float:
-        """The sum of a number over all processes."""
-        return number
-
-    def whole(self, tensor: Tensor) -> Tensor:
-        """A tensor put together from the parts that the processes hold, for a checkpoint."""
-        return tensor
-
-    def part(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """This process's part of a tensor from a checkpoint, spread as ``like`` is."""
-        return tensor.to(like.device)
-
-    def wait(self) -> None:
-        """Go on when every process has come here."""
+# --- precision and place ------------------------------------------------------------------
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:
@@ -878,25 +847,25 @@ class Run:
             full=recipe.batch_tokens,
             warmup=recipe.batch_warmup_tokens,
         )
-        streams = self.batches.take(size // stream_tokens(recipe))
-        streams = [self.mask(stream, i) for i, stream in enumerate(streams)]
-        masked = [int((stream["labels"] != IGNORED).sum()) for stream in streams]
-        loss = 0.0
-        for i in range(world.rank, len(streams), world.size):
+        plan = self.batches.plan(size // stream_tokens(recipe))
+        mine = world.share([stream_length(pieces) for pieces in plan])
+        streams = {i: self.mask(self.batches.stream(plan[i]), i) for i in mine}
+        masked = {i: int((stream["labels"] != IGNORED).sum()) for i, stream in streams.items()}
+        loss, total = 0.0, world.sum(sum(masked.values()))
+        for i, stream in streams.items():
             # Dropout, too, follows from step and stream alone.
             torch.manual_seed(self.draw(i, 1))
-            last = i + world.size >= len(streams)
-            with world.accumulating(self.module, last):
+            with world.accumulating(self.module, last=i == mine[-1]):
                 with self.autocast():
-                    mean = self.module(**to_device(streams[i], world.device)).loss
+                    mean = self.module(**to_device(stream, world.device)).loss
                 # Each masked token counts the same, whichever stream it is in. Processes average
                 # their gradients, hence the factor.
-                part = mean * (masked[i] / sum(masked))
+                part = mean * (masked[i] / total)
                 (part * world.size).backward()
             loss += part.item()
         loss, rate = world.sum(loss), self.learning_rate()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
-        norm = world.whole(norm).item()
+        norm = world.number(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"step {self.steps + 1}: the loss is {loss}, the norm of its gradient {norm}. "
@@ -935,8 +904,8 @@ class Run:
     def state_dict(self) -> dict:
         """Tensors and plain values only, so that it loads with ``weights_only=True``.
 
-        Every process has to call it. Parameters go by their names and are whole, so another
-        number of processes can go on from them.
+        Every process has to call it, and the first one gets it. Parameters go by their names and
+        are whole, so another number of processes can go on from them.
         """
         whole, parameters = self.world.whole, dict(self.model.named_parameters())
         random = {"cpu": torch.get_rng_state()}
@@ -991,24 +960,27 @@ def stream_tokens(recipe: PretrainingConfig) -> int:
 def build_model(config: PretrainingConfig, tokenizer: Tokenizer) -> ModernBertForMaskedLM:
     """The model that a run starts from: random weights, or those of a smaller model, tiled.
 
-    Only masked positions are decoded in training.
+    A recipe that names weights and no sizes goes on with that very model. Only masked positions
+    are decoded in training.
     """
     small = None
     if config.initialize_from is not None:
         small = ModernBertForMaskedLM.from_pretrained(config.initialize_from)
     vocab_size = config.vocab_size if config.tokenizer is None else len(tokenizer)
-    sizes = {"vocab_size": small.config.vocab_size if small else vocab_size}
-    model = ModernBertForMaskedLM(
-        ModernBertConfig(
-            pad_token_id=tokenizer.pad_token_id,
-            cls_token_id=tokenizer.cls_token_id,
-            sep_token_id=tokenizer.sep_token_id,
-            bos_token_id=tokenizer.cls_token_id,
-            eos_token_id=tokenizer.sep_token_id,
-            sparse_prediction=True,
-            **sizes | config.model,
-        )
-    )
+    values = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "cls_token_id": tokenizer.cls_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        "bos_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+        "sparse_prediction": True,
+    }
+    if small and not config.model:
+        sizes = small.config.with_overrides(**values)
+    else:
+        values["vocab_size"] = small.config.vocab_size if small else vocab_size
+        sizes = ModernBertConfig(**values | config.model)
+    model = ModernBertForMaskedLM(sizes)
     check(
         len(tokenizer) <= model.config.vocab_size,
         f"a tokenizer of {len(tokenizer):,} ids",
@@ -1034,40 +1006,52 @@ def pretrain(
 
     Args:
         resume: go on from the folder's checkpoint, or from the start if there is none yet.
-        world: where it runs; by default this process alone.
+        world: where it runs; by default with the processes that ``torchrun`` has started, or
+            alone. Several have to see the same folder.
         progress: whether to show a bar on a terminal.
 
     Raises:
         ConfigError: for a recipe that does not fit itself, its data or the run that it resumes.
         CorpusNotFoundError: where a corpus is not here.
-        TrainingError: for a loss that is no number, or a disk that takes no more; the last good
-            checkpoint is intact. Chapter 12.
+        TrainingError: for a loss that is no number, a disk that takes no more, or another process
+            that is gone; the last good checkpoint is intact. Chapter 12.
         OSError: where the folder cannot be written, or another process trains in it.
     """
-    world = world or World(config.device)
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        world = world or stack.enter_context(joined(config.device, config.parallel))
         if world.rank == 0:
             stack.enter_context(claiming(folder))
             refuse_to_overwrite(folder, resume)
             try:
-                with writing(folder / "recipe.json") as file:
-                    file.write(json.dumps(asdict(config), indent=2).encode())
                 training_data = prepare_data(config)  # alone: two must not write the same files
             except OSError as error:
-                if isinstance(error, data.CorpusNotFoundError):
+                elsewhere = error.filename and not Path(error.filename).is_relative_to(folder)
+                if elsewhere or isinstance(error, data.CorpusNotFoundError):
                     raise
                 raise TrainingError(f"{folder} cannot be written: {error}") from error
         world.wait()
-        run = Run(config, prepare_data(config) if world.rank else training_data, world)
+        if world.rank:
+            remedy = "Put the run's folder where all machines can reach it."
+            found = f"no data for process {world.rank}"
+            expected = "what the first process has written"
+            check((folder / "corpora.json").exists(), found, expected, remedy)
+            training_data = prepare_data(config)
+        run = Run(config, training_data, world)
         if (folder / "checkpoint.pt").exists():
             load_checkpoint(run, folder / "checkpoint.pt")
         try:
+            if world.rank == 0:  # now that the recipe is known to fit what is there
+                with writing(folder / "recipe.json") as file:
+                    file.write(json.dumps(asdict(config), indent=2).encode())
             train(run, progress)
-        except (OSError, TrainingError) as error:
+        except (OSError, RuntimeError) as error:
+            cause = error if isinstance(error, OSError | TrainingError) else world.lost(error)
+            if cause is None:
+                raise
             raise TrainingError(
-                f"{error}\nStopped after step {run.steps}. The checkpoint of step {run.saved} in "
+                f"{cause}\nStopped after step {run.steps}. The checkpoint of step {run.saved} in "
                 f"{folder} is intact: resume from there."
             ) from error
     return run
@@ -1086,7 +1070,7 @@ def train(run: Run, progress: bool) -> None:
 
     config, folder = run.config, Path(run.config.folder)
     held_out = held_out_batches(config, run.data)
-    log = Log(folder, active=run.world.rank == 0)
+    log = Log(folder, active=run.world.rank == 0, steps=run.steps)
     log.write("start", **describe_run(run, held_out))
     if not (folder / "checkpoint.pt").exists():
         save_checkpoint(run, folder / "checkpoint.pt")  # a disk that is full says so now
@@ -1146,7 +1130,7 @@ def log_evaluation(log: Log, run: Run, held_out: dict[str, list]) -> None:
 def score(run: Run, held_out: dict[str, list]) -> dict:
     """Where the run stands, and its scores on every corpus apart and on all of them together."""
     with run.autocast():
-        scores = {name: evaluate(run.model, batches) for name, batches in held_out.items()}
+        scores = {name: evaluate(run.model, x, run.world) for name, x in held_out.items()}
     return standing(run) | {"held_out": scores | {"all": pooled(scores)}}
 
 
@@ -1214,9 +1198,10 @@ class Log:
     Args:
         folder: of the run.
         active: False for a process that leaves writing to another.
+        steps: where the run stands; TensorBoard forgets what a killed process told it beyond.
     """
 
-    def __init__(self, folder: Path, active: bool = True) -> None:
+    def __init__(self, folder: Path, active: bool = True, steps: int = 0) -> None:
         self.path, self.active, self.board = folder / "log.jsonl", active, None
         if not active:
             return
@@ -1227,7 +1212,7 @@ class Log:
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(folder / "tensorboard")
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=steps + 1)
 
     def write(self, event: str, **values: object) -> None:
         """Append one line."""

@@ -22,6 +22,7 @@ from .config import ConfigError
 UNITS = {"": 0, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 OPTIMIZERS = ("StableAdamW", "AdamW")
 PRECISIONS = ("auto", "float32", "bfloat16")
+ENGINES = ("ddp", "fsdp2")
 # What a phase may change; durations count from its start, and are its own alone.
 DURATIONS = ("training_tokens", "warmup_tokens", "decay_tokens", "batch_warmup_tokens")
 PHASE_FIELDS = (
@@ -67,8 +68,9 @@ class PretrainingConfig:
     Attributes:
         folder: of the run; everything that it writes lies there.
         corpora: how often each is seen in one epoch, by its name in ``data.CORPORA`` or its path.
-        model: the fields of ``ModernBertConfig`` that differ from ModernBERT-base; the vocabulary
-            and the special ids follow from the tokenizer.
+        model: the fields of ``ModernBertConfig`` that differ from ModernBERT-base, or none, to go
+            on with the model of ``initialize_from`` as it is; the vocabulary and the special ids
+            follow from the tokenizer.
         tokenizer: "mini", a folder or a Hub id; by default one is trained on the corpora.
         vocab_size: of the tokenizer that is trained.
         initialize_from: "mini", a folder or a Hub id of a smaller model to tile; by default the
@@ -98,6 +100,8 @@ class PretrainingConfig:
         clip_norm: largest norm of the gradient; 0 for any. StableAdamW clips its updates itself.
         precision: "bfloat16" for autocast, "float32", or "auto": bfloat16 where a GPU has it.
         device: "cpu", "cuda", or "auto".
+        parallel: what several processes do, which ``torchrun`` has started: "ddp" holds everything
+            in each, "fsdp2" a slice in each. It can change when a run is resumed.
         average: how many of the decay's best checkpoints are averaged with the final one.
         log_every, evaluate_every, checkpoint_every: in steps.
         seed: of weights, order and masks.
@@ -138,6 +142,7 @@ class PretrainingConfig:
     clip_norm: float = 0.0
     precision: str = "auto"
     device: str = "auto"
+    parallel: str = "ddp"
     average: int = 0
     log_every: int = 20
     evaluate_every: int = 500
@@ -158,7 +163,7 @@ class PretrainingConfig:
             check(getattr(self, name) > 0, f"{name} 0", "at least 1", "Raise it.")
         self.betas = tuple(convert_field("betas", beta, float) for beta in self.betas)
         check(bool(self.corpora), "no corpus", "at least one", "Name it under corpora.")
-        choices = {"optimizer": OPTIMIZERS, "precision": PRECISIONS}
+        choices = {"optimizer": OPTIMIZERS, "precision": PRECISIONS, "parallel": ENGINES}
         for name, known in choices.items():
             value = getattr(self, name)
             remedy = "Mind the spelling."
@@ -205,6 +210,16 @@ class PretrainingConfig:
             values = {k: v for k, v in phase.items() if k != "name"}
             columns.append(replace(self, **dict.fromkeys(DURATIONS, 0) | values, phases=[]))
         return columns
+
+    def with_places(
+        self, corpora: list[str] | None = None, folder: str | None = None
+    ) -> PretrainingConfig:
+        """The same recipe for other text, each corpus seen once an epoch, or in another folder."""
+        new = self if folder is None else replace(self, folder=folder)
+        if corpora is None:
+            return new
+        phases = [{k: v for k, v in phase.items() if k != "corpora"} for phase in self.phases]
+        return replace(new, corpora=dict.fromkeys(corpora, 1), phases=phases)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PretrainingConfig:

@@ -366,6 +366,32 @@ def test_pretrain_goes_on_only_when_told_to(run, tmp_path, few):
     assert run("pretrain", "--config", recipe, "--resume")[0] == 0
 
 
+def test_pretrain_takes_text_and_folder_of_the_readers_own(run, tmp_path):
+    texts = tmp_path / "letters"
+    texts.mkdir()
+    (texts / "a.jsonl").write_text('{"text": "the cat sat on the mat"}\n' * 20)
+    for n in range(80):
+        (texts / f"{n}.txt").write_text(f"letter {n} of a cat")
+    recipe, folder = tmp_path / "recipe.toml", tmp_path / "mine"
+    recipe.write_text(RECIPE.format(folder="elsewhere", more="held_out_percent = 20"))
+    places = ("--corpus", texts, "--folder", folder)
+    code, out, err = run("pretrain", "--config", recipe, *places)
+    assert (code, err) == (0, "") and f"model: {folder / 'model'}" in out
+    (about,) = json.loads((folder / "corpora.json").read_text())["corpora"]
+    assert (about["name"], about["documents"]) == ("letters", 100)
+
+
+def test_pretrain_that_is_interrupted_says_how_to_go_on(run, tmp_path, few, monkeypatch):
+    def stop(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modernbert_mini.pretraining.train", stop)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(folder=(tmp_path / "run").as_posix(), more=""))
+    code, _, err = run("pretrain", "--config", recipe)
+    assert code == 130 and "--resume" in err
+
+
 def test_pretrain_reads_yaml_too(run, tmp_path, few):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -7,6 +7,8 @@ import math
 import os
 import sys
 import types
+import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -461,6 +463,17 @@ def test_a_model_tiled_to_its_own_size_is_itself():
 def test_what_cannot_be_tiled_is_refused(sizes, message):
     with pytest.raises(ConfigError, match=message):
         pretraining.tile(sized(2, heads=3, inner=6), sized(*sizes))
+
+
+def test_without_sizes_a_run_goes_on_with_the_model_it_starts_from():
+    tokenizer = Tokenizer.from_pretrained("mini")
+    mini = ModernBertForMaskedLM.from_pretrained("mini")
+    config = pretraining.PretrainingConfig("", {"x": 1}, tokenizer="mini", initialize_from="mini")
+    model = pretraining.build_model(config, tokenizer)
+    assert model.config.sparse_prediction
+    assert model.config.with_overrides(sparse_prediction=False) == mini.config
+    for (name, a), b in zip(model.named_parameters(), mini.parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_a_tiled_mini_learns_faster_than_random_weights(tmp_path):
@@ -926,13 +939,27 @@ def test_a_folder_that_cannot_be_made_is_named(config, tmp_path):
         pretraining.pretrain(config)
 
 
-def test_an_unwritable_folder_is_named(config):
-    folder = Path(config.folder)
-    folder.mkdir(mode=0o500)
-    if os.access(folder, os.W_OK):
-        pytest.skip("this user may write anywhere")
-    with pytest.raises(pretraining.TrainingError, match=f"{folder} cannot be written"):
+def test_an_unwritable_folder_is_named(config, monkeypatch):
+    Path(config.folder).mkdir(mode=0o555)
+    monkeypatch.chdir(Path(config.folder).parent)  # whose own parents may be closed to others
+    os.chmod(".", 0o755)
+    config.folder = "run"
+    unwritable = pytest.raises(pretraining.TrainingError, match="run cannot be written")
+    with without_rights_of_root(), unwritable:
         pretraining.pretrain(config)
+
+
+@contextmanager
+def without_rights_of_root():
+    """Root may write anywhere; nobody may not."""
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 def test_two_processes_do_not_train_in_one_folder(config):
@@ -962,12 +989,14 @@ def test_a_run_is_not_overwritten(config, monkeypatch):
 )
 def test_a_recipe_that_does_not_fit_the_checkpoint_is_refused(config, monkeypatch, changes, said):
     good = interrupted(config, monkeypatch)
+    recipe = (Path(config.folder) / "recipe.json").read_bytes()
     if "model" in changes:
         changes = {"model": TINY | {"intermediate_size": 64}}
     with pytest.raises(ConfigError) as caught:
         pretraining.pretrain(replace(config, **changes), resume=True)
     assert said in str(caught.value) and "as in this folder" in str(caught.value)
     assert checkpoint_of(config) == good
+    assert (Path(config.folder) / "recipe.json").read_bytes() == recipe  # what the run was made by
 
 
 def test_a_stable_run_can_be_prolonged(config, monkeypatch):
@@ -1010,6 +1039,17 @@ def test_an_empty_corpus_is_named(config, monkeypatch, documents, said):
     assert not (Path(config.folder) / "checkpoint.pt").exists()
 
 
+def test_text_that_cannot_be_read_is_named(config, monkeypatch):
+    """The text is at fault, not the run's folder."""
+
+    def closed(name, config):
+        raise PermissionError(13, "Permission denied", "mine/a.txt")
+
+    monkeypatch.setattr(pretraining, "load_corpus", closed)
+    with pytest.raises(PermissionError, match="mine/a.txt"):
+        pretraining.pretrain(config)
+
+
 def test_a_missing_corpus_says_what_there_is(config, monkeypatch):
     monkeypatch.undo()
     config.corpora = {"no/such/folder": 1}
@@ -1045,7 +1085,7 @@ def test_tensorboard_gets_the_numbers_where_it_is_installed(config, monkeypatch)
     written = []
 
     class Writer:
-        def __init__(self, folder):
+        def __init__(self, folder, purge_step):
             written.append(str(folder))
 
         def add_scalar(self, name, value, step):
@@ -1101,6 +1141,36 @@ def test_nothing_held_out_is_in_the_training_shards(config):
         assert 10 < len(held_out) < 80
         assert not {tuple(d) for d in train} & {tuple(d) for d in held_out}
         assert len(train) + len(held_out) == len(EASY_TEXTS)
+
+
+def test_a_corpus_streams_through(config, monkeypatch):
+    """Of 20,000 documents, no more than a few batches of the tokenizer are alive at once."""
+
+    class Document(str):
+        """A text that can be watched."""
+
+    alive, most = weakref.WeakSet(), 0
+
+    class Corpus:
+        def __iter__(self):
+            nonlocal most
+            for i in range(20_000):
+                document = Document(f"{TEXTS[i % len(TEXTS)]} {i}")
+                alive.add(document)
+                most = max(most, len(alive))
+                yield document
+
+    monkeypatch.setattr(
+        pretraining, "load_corpus", lambda name, config: data.Corpus(name, Corpus(), "", "CC0")
+    )
+    config.corpora = {"one": 1}
+    (about,) = json.loads((prepare(config) / "corpora.json").read_text())["corpora"]
+    assert about["documents"] == 20_000 and 500 < most < 5_000
+
+
+def prepare(config) -> Path:
+    fresh_data(config)
+    return Path(config.folder)
 
 
 def test_data_is_prepared_once(config, monkeypatch):

@@ -118,6 +118,22 @@ def test_an_impossible_recipe_is_refused(changes, said):
         PretrainingConfig(**{"folder": "x", "corpora": {"a": 1}} | changes)
 
 
+def test_a_recipe_is_taken_to_other_text():
+    recipe = PretrainingConfig(
+        folder="x", corpora={"a": 2}, phases=[{"training_tokens": 1e6, "corpora": {"b": 1}}] * 2
+    )
+    assert recipe.with_places() == recipe
+    assert recipe.with_places(folder="y").columns()[0].corpora == {"b": 1}
+    other = recipe.with_places(["c", "d"], "y")
+    assert other.folder == "y" and recipe.folder == "x"
+    assert [phase.corpora for phase in [other, *other.columns()]] == [{"c": 1, "d": 1}] * 3
+
+
+def test_the_recipe_for_own_text_starts_from_mini():
+    recipe = PretrainingConfig.from_file("own-text")
+    assert recipe.initialize_from == recipe.tokenizer == "mini" and not recipe.model
+
+
 def test_a_file_goes_before_a_recipe_of_the_package(tmp_path, monkeypatch):
     assert find_recipe("tiny").name == "tiny.toml"
     monkeypatch.chdir(tmp_path)
