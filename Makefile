@@ -13,6 +13,8 @@ export HF_HUB_OFFLINE ?= 1
 # The models of the chapters are too small to gain from a second thread, and on a busy core two
 # threads wait for each other: several times slower than one.
 export OMP_NUM_THREADS ?= 1
+# Nothing that runs here counts as a learner's work.
+export MODERNBERT_PROGRESS := off
 
 .DEFAULT_GOAL := help
 .PHONY: help book test lint sync address costs clean

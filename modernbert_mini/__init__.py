@@ -25,6 +25,7 @@ _EXPORTS = {
     "Tokenizer": "tokenizer",
     "explain_divergence": "transplant",
     "pack_sequences": "unpadding",
+    "start_at": "chapters",
     "swap": "transplant",
 }
 _MODULES = {
@@ -32,11 +33,13 @@ _MODULES = {
     "atomic",
     "attention",
     "benchmark",
+    "chapters",
     "checkpoints",
     "checks",
     "cli",
     "config",
     "data",
+    "doctor",
     "fill_mask",
     "flash_attention",
     "geglu",

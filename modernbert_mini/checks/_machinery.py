@@ -2,7 +2,8 @@
 
 A check is a function of the learner's answer. Its body goes from basic to subtle and calls
 `expect(condition, hint)`; the first hint that fires names the mistake. `@exercise` runs the body,
-turns whatever happens into a `CheckResult`, and keeps the exercise in a registry.
+turns whatever happens into a `CheckResult`, and keeps the exercise in a registry; that an answer
+passed goes into the learner's record.
 """
 
 import functools
@@ -10,6 +11,7 @@ import html
 import inspect
 import linecache
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Callable
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from modernbert_mini.checks import _progress
 
 EXERCISES: dict[str, "Exercise"] = {}  # number -> exercise; checks/__init__.py sorts it
 
@@ -208,6 +212,7 @@ def exercise(number: str, title: str, *, difficulty: int, minutes: int) -> Calla
                 where = _where(error)
                 what = f"Your code raised an error{where}" if where else "The check stopped"
                 return CheckResult(this, False, f"{what}\n{said}")
+            _progress.passed(number, sys._getframe(1))
             return CheckResult(this, True, remark or "")
 
         check.exercise = this

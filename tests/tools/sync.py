@@ -7,10 +7,13 @@ said of syntax trees, with docstrings and comments apart. The module is named af
 
     python tests/tools/sync.py            rewrite the cells that differ, from the package
     python tests/tools/sync.py --check    only say which differ
+
+Which chapter builds what is also recorded in the package, where `start_at` reads it.
 """
 
 import argparse
 import ast
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -20,6 +23,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[2]
+RECORD = Path("recorded", "pieces.json")  # in the package
 Piece = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
 
 
@@ -145,15 +149,33 @@ def rewrite(notebook: Path, package: Path) -> int:
     return count
 
 
+def built(notebooks: list[Path], package: Path) -> str:
+    """What each chapter builds, as JSON: notebook -> module -> public names, in their order."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for notebook in notebooks:
+        modules = found[notebook.stem] = {}
+        for cell in package_cells(notebook):
+            names = modules.setdefault(module_of(notebook, cell, package).stem, [])
+            new = (name for name in pieces(cell["source"]) if not name.startswith("_"))
+            names += [name for name in new if name not in names]
+    return json.dumps(found, indent=1) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="say what differs, change nothing")
     arguments = parser.parse_args()
     package, left = ROOT / "modernbert_mini", []
-    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    for notebook in notebooks:
         if not arguments.check and (count := rewrite(notebook, package)):
             print(f"{notebook.name}: {count} rewritten")
         left += differences(notebook, package)
+    record, now = package / RECORD, built(notebooks, package)
+    if not arguments.check:
+        record.write_text(now, encoding="utf-8")
+    elif not record.is_file() or record.read_text(encoding="utf-8") != now:
+        left.append(f"{record.name} does not say what the chapters build")
     for difference in left:
         print(difference)
     return 1 if left else 0
