@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import explorer_data
+import status_page
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
@@ -22,13 +24,29 @@ def settle(app: Sphinx, config: Config) -> None:
     config.nb_ipywidgets_js = {}
 
 
-def write_costs(app: Sphinx) -> None:
-    """Write the table of what each chapter costs from the recorded measurements."""
+def write_pages(app: Sphinx) -> None:
+    """Write what pages include: costs, status, and the data of the explorers."""
     recorded = ROOT / "modernbert_mini" / "recorded" / "costs.json"
     costs = json.loads(recorded.read_text()) if recorded.is_file() else {}
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    pages = {
+        "costs.md": plots.cost_table(costs),
+        "status.md": status_page.page(notebooks, costs),
+        "explorers.html": explorer_data.page(),
+    }
     folder = ROOT / "book" / "_generated"
     folder.mkdir(exist_ok=True)
-    (folder / "costs.md").write_text(plots.cost_table(costs) + "\n", encoding="utf-8")
+    for name, text in pages.items():
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def drop_thebe(app: Sphinx, page: str, template: str, context: dict, doctree: object) -> None:
+    """Leave out the scripts of live code: they come from a CDN, and declare a name twice."""
+    context["script_files"] = [
+        script
+        for script in context["script_files"]
+        if "thebe" not in f"{script}{getattr(script, 'attributes', '')}".lower()
+    ]
 
 
 def spare_prose(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]):
@@ -42,6 +60,7 @@ def spare_prose(app: Sphinx, what: str, name: str, obj: object, options: object,
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", settle)
-    app.connect("builder-inited", write_costs)
+    app.connect("builder-inited", write_pages)
+    app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("autodoc-process-docstring", spare_prose, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
