@@ -173,6 +173,7 @@ examples:
 A corpus is vital-articles, python-docs, wordnet, or a folder of your own text (.txt, .md, .jsonl).
 The run's folder gets log.jsonl, checkpoint.pt, loss.png and the finished model. A run that was
 stopped, even by kill -9 or a full disk, goes on from its last checkpoint with --resume.
+Under torchrun, several processes train together; another number of them may resume.
 
 recipes that come with the package:
   tiny              every part of the paper's recipe, small
@@ -182,7 +183,8 @@ recipes that come with the package:
 examples:
   {PROGRAM} pretrain --config tiny
   {PROGRAM} pretrain --config own-text --corpus letters --folder run
-  {PROGRAM} pretrain --config recipe.toml --resume""",
+  {PROGRAM} pretrain --config recipe.toml --resume
+  torchrun --nproc-per-node 4 -m modernbert_mini pretrain --config tiny --parallel fsdp2""",
     )
     pretrain.add_argument(
         "--config",
@@ -199,6 +201,12 @@ examples:
     pretrain.add_argument("--folder", help="of the run, in place of the recipe's")
     pretrain.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint of the run's folder"
+    )
+    pretrain.add_argument(
+        "--parallel",
+        choices=("ddp", "fsdp2"),
+        help="under torchrun: everything in each process (ddp), or a slice (fsdp2); default: the "
+        "recipe's",
     )
 
     add_fine_tune(commands)
@@ -416,17 +424,25 @@ def run_pretrain(options: argparse.Namespace) -> None:
     """``pretrain``: carry out the recipe in a file and save the model."""
     from pathlib import Path
 
+    from .distributed import joined
     from .pretraining import export, pretrain
     from .recipe import PretrainingConfig
 
     config = PretrainingConfig.from_file(options.config).with_places(options.corpus, options.folder)
+    config.parallel = options.parallel or config.parallel
     folder = Path(config.folder)
-    print(f"log: {folder / 'log.jsonl'}", flush=True)
-    try:
-        run = pretrain(config, resume=options.resume, progress=True)
-    except KeyboardInterrupt:
-        say("stopped: the same command with --resume goes on from the last checkpoint")
-        raise
+    with joined(config.device, config.parallel) as world:
+        if options.parallel and world.size == 1:
+            say("warning: --parallel changes nothing: torchrun has not started several processes")
+        if world.rank == 0:
+            print(f"log: {folder / 'log.jsonl'}", flush=True)
+        try:
+            run = pretrain(config, resume=options.resume, world=world, progress=True)
+        except KeyboardInterrupt:
+            say("stopped: the same command with --resume goes on from the last checkpoint")
+            raise
+    if world.rank:
+        return  # the first process writes the model
     scores = export(folder, folder / "model")["all"]
     print(f"{run.tokens:,} tokens in {run.steps:,} steps, {run.seconds:,.0f} s of training")
     print(
@@ -622,4 +638,5 @@ def above_zero(text: str) -> float:
 
 def say(message: str) -> None:
     """A line for the person at the terminal, away from the output."""
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK")  # torchrun: several processes share the terminal
+    print(f"{PROGRAM}: {f'process {rank}: ' if rank else ''}{message}", file=sys.stderr)

@@ -676,19 +676,27 @@ def fresh_data(config):
 
 
 class Together(pretraining.World):
-    """One of two processes that run one after the other."""
+    """One of two processes that run one after the other; ``hidden`` tokens in both streams."""
 
     size = 2
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, hidden: int = 0) -> None:
         super().__init__("cpu")
-        self.rank = rank
+        self.rank, self.hidden, self.own = rank, hidden, []
+
+    def sum(self, number: float) -> float:
+        self.own.append(number)
+        return self.hidden if len(self.own) == 1 and self.hidden else number
 
 
 def test_processes_share_a_batch(config):
     config = replace(config, microbatch_tokens=128)
     training_data, gradients, losses = fresh_data(config), [], []
-    for world in (pretraining.World("cpu"), Together(0), Together(1)):
+    before = Together(0), Together(1)
+    for world in before:
+        pretraining.Run(config, training_data, world).step()
+    hidden = sum(world.own[0] for world in before)
+    for world in (pretraining.World("cpu"), Together(0, hidden), Together(1, hidden)):
         run = pretraining.Run(config, training_data, world)
         kept = []
         run.optimizer.step = lambda run=run, kept=kept: kept.extend(
