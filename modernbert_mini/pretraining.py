@@ -29,12 +29,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import data
+from . import cloze, data
 from .atomic import claiming, writing
 from .config import ConfigError, ModernBertConfig
 from .distributed import World, joined
 from .heads import ModernBertForMaskedLM
 from .recipe import PretrainingConfig, check
+from .sources import find_folder
 from .tokenizer import Tokenizer, train_bpe
 from .unpadding import first_fit, join
 
@@ -1074,6 +1075,8 @@ def train(run: Run, progress: bool) -> None:
     log.write("start", **describe_run(run, held_out))
     if not (folder / "checkpoint.pt").exists():
         save_checkpoint(run, folder / "checkpoint.pt")  # a disk that is full says so now
+        if config.initialize_from:
+            log_evaluation(log, run, held_out)
     total = sum(recipe.training_tokens for recipe in run.phases)
     bar = tqdm(
         total=total,
@@ -1128,10 +1131,11 @@ def log_evaluation(log: Log, run: Run, held_out: dict[str, list]) -> None:
 
 
 def score(run: Run, held_out: dict[str, list]) -> dict:
-    """Where the run stands, and its scores on every corpus apart and on all of them together."""
+    """Where the run stands, and its scores: on each corpus, on all of them, on everyday facts."""
     with run.autocast():
         scores = {name: evaluate(run.model, x, run.world) for name, x in held_out.items()}
-    return standing(run) | {"held_out": scores | {"all": pooled(scores)}}
+        facts = cloze.score(run.model, run.data.tokenizer)
+    return standing(run) | {"held_out": scores | {"all": pooled(scores)}, "cloze": facts}
 
 
 def pooled(scores: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -1177,7 +1181,20 @@ def describe_run(run: Run, held_out: dict[str, list]) -> dict:
         },
         "resumed_at": standing(run),
         "unigram": baseline | {"all": pooled(baseline)},
+        "unigram_cloze": cloze.score_frequencies(logits, run.data.tokenizer),
+        "began_with": origin(run.config.initialize_from),
     }
+
+
+def origin(initialize_from: str | None) -> dict | None:
+    """How the weights that a run begins with were trained, as far as their folder tells."""
+    folder = initialize_from and find_folder(initialize_from)
+    if not folder:
+        return initialize_from and {"name": initialize_from}
+    path, facts = folder / "training.json", {}
+    if path.is_file():
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    return {"name": folder.name} | {k: v for k, v in facts.items() if k != "curve"}
 
 
 def processor_name() -> str:

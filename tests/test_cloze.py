@@ -1,9 +1,11 @@
 """The cloze set is well formed, and is scored as it says."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from modernbert_mini import ModernBertForMaskedLM, Tokenizer, cloze, data
+from modernbert_mini import FillMask, ModernBertForMaskedLM, Tokenizer, cloze, data
 
 
 @pytest.fixture(scope="module")
@@ -11,21 +13,29 @@ def mini() -> Tokenizer:
     return Tokenizer.from_pretrained("mini")
 
 
-class Rigged:
-    """Gives the guesses that it is told, in place of FillMask."""
+class Rigged(torch.nn.Module):
+    """Gives the guesses that it is told, and nothing where it is told none."""
 
     def __init__(self, guesses: dict[str, list[str]], tokenizer: Tokenizer) -> None:
-        self.guesses, self.tokenizer = guesses, tokenizer
+        super().__init__()
+        self.decoder = torch.nn.Linear(1, 1)
+        self.guesses = {
+            tuple(tokenizer.encode(sentence)): [first_piece(word, tokenizer) for word in words]
+            for sentence, words in guesses.items()
+        }
+        self.pad, self.vocab_size = tokenizer.pad_token_id, len(tokenizer)
 
-    def __call__(self, sentences: list[str], top_k: int) -> list[list[dict]]:
-        return [
-            [self.describe(word) for word in self.guesses.get(sentence, ["the"] * top_k)]
-            for sentence in sentences
-        ]
+    def forward(self, input_ids, attention_mask, labels):
+        logits = torch.zeros(*input_ids.shape, self.vocab_size)
+        for row, ids in enumerate(input_ids.tolist()):
+            ids = tuple(i for i in ids if i != self.pad)
+            for rank, guess in enumerate(self.guesses.get(ids, [])):
+                logits[row, :, guess] = 9 - rank
+        return SimpleNamespace(logits=logits)
 
-    def describe(self, word: str) -> dict:
-        token = self.tokenizer.encode(f" {word}", add_special_tokens=False)[0]
-        return {"token": token, "token_str": f" {word}", "score": 0.2}
+
+def first_piece(word: str, tokenizer: Tokenizer) -> int:
+    return tokenizer.encode(f" {word}", add_special_tokens=False)[0]
 
 
 def test_there_are_fifty_facts_of_nine_topics():
@@ -55,10 +65,11 @@ def test_the_first_answer_is_one_token(name, mini, request):
         assert first[0] in cloze.answer_ids(fact, tokenizer)
 
 
-def test_a_tokenizer_without_any_of_the_words_is_refused(mini):
+def test_what_a_vocabulary_cannot_say_is_wrong(mini, monkeypatch):
     fact = cloze.Fact("animals", "It is a [MASK].", ("hippopotamus", "rhinoceros"))
-    with pytest.raises(ValueError, match="none of hippopotamus, rhinoceros"):
-        cloze.answer_ids(fact, mini)
+    monkeypatch.setattr(cloze, "facts", lambda: [fact])
+    scored = cloze.score(Rigged({fact.sentence: ["hippopotamus"]}, mini), mini)
+    assert (scored["answerable"], scored["top5"]) == (0, 0)
 
 
 def test_no_sentence_stands_in_the_training_text():
@@ -72,32 +83,37 @@ def test_no_sentence_stands_in_the_training_text():
             assert fact.sentence.replace(cloze.BLANK, word) not in text
 
 
-def test_one_right_guess_counts_at_its_place(mini, monkeypatch):
+def test_one_right_guess_counts_at_its_place(mini):
     guesses = {
         "The capital of France is [MASK].": ["Paris", "France", "city", "the", "of"],
         "A cow gives [MASK].": ["the", "of", "a", "in", "milk"],
-        "The sun rises in the [MASK].": ["sun", "West", "sky", "world", "year"],
+        "The sun rises in the [MASK].": ["sun", "West", "sky", "world", "year", "east"],
     }
-    monkeypatch.setattr(cloze, "FillMask", lambda model, tokenizer: Rigged(guesses, tokenizer))
-    scored = cloze.score(None, mini)
-    assert (scored["facts"], scored["top1"], scored["top5"]) == (50, 1 / 50, 2 / 50)
+    scored = cloze.score(Rigged(guesses, mini), mini)
+    assert (scored["facts"], scored["answerable"]) == (50, 50)
+    assert (scored["top1"], scored["top5"]) == (1 / 50, 2 / 50)
     places = {a["sentence"]: a["right_at"] for a in scored["answers"]}
     assert [places[sentence] for sentence in guesses] == [1, 5, None]
-    assert scored["answers"][0]["guesses"][0] == ["Paris", 0.2]
+    assert [word for word, _ in scored["answers"][0]["guesses"]] == list(guesses.values())[0]
 
 
 def test_frequencies_guess_the_same_everywhere(mini):
     logits = torch.zeros(len(mini))
     for weight, word in enumerate(["milk", "the", "of", "Paris"], start=1):
-        logits[mini.encode(f" {word}", add_special_tokens=False)[0]] = weight
+        logits[first_piece(word, mini)] = weight
     scored = cloze.score_frequencies(logits, mini)
     # Paris is guessed first; milk answers a cow's gift, a sheep's use and what cheese is made of.
     assert (scored["top1"], scored["top5"]) == (1 / 50, 4 / 50)
 
 
-def test_a_model_is_scored(mini):
-    model = ModernBertForMaskedLM.from_pretrained("mini")
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_model_is_scored_as_fill_mask_answers(mini, sparse):
+    model = ModernBertForMaskedLM.from_pretrained("mini", sparse_prediction=sparse).train()
     scored = cloze.score(model, mini)
-    assert scored["facts"] == len(scored["answers"]) == 50
-    assert 0 <= scored["top1"] <= scored["top5"] <= 1
-    assert model.training is False
+    assert model.training
+    answer = scored["answers"][2]
+    expected = FillMask(model, mini)(answer["sentence"])
+    assert [word for word, _ in answer["guesses"]] == [e["token_str"].strip() for e in expected]
+    assert [p for _, p in answer["guesses"]] == pytest.approx(
+        [e["score"] for e in expected], abs=1e-3
+    )
