@@ -476,6 +476,20 @@ def test_without_sizes_a_run_goes_on_with_the_model_it_starts_from():
         assert torch.equal(a, b), name
 
 
+def test_a_run_from_weights_is_scored_before_its_first_step(config, tmp_path):
+    pretraining.pretrain(config)
+    scores = pretraining.export(config.folder, tmp_path / "first")
+    places = {"tokenizer": str(tmp_path / "first"), "initialize_from": str(tmp_path / "first")}
+    second = replace(config, folder=str(tmp_path / "second"), model={}, **places)
+    pretraining.pretrain(second)
+    before, *_, after = events(second, "evaluation")
+    assert (before["step"], before["tokens"]) == (0, 0)
+    assert before["held_out"]["all"]["loss"] == pytest.approx(scores["all"]["loss"])
+    assert after["held_out"]["all"]["loss"] != before["held_out"]["all"]["loss"]
+    again = pretraining.pretrain(second, resume=True)
+    assert [e["step"] for e in events(second, "evaluation")].count(0) == 1 and again.finished
+
+
 def test_a_tiled_mini_learns_faster_than_random_weights(tmp_path):
     """Tiling changes what the model computes, so it is no better at once: it gets there sooner."""
     from pydoc_data.topics import topics
