@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 export MODERNBERT_PROGRESS := off
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint sync address costs clean
+.PHONY: help book test lint sync address costs tuned clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -49,6 +49,9 @@ address: $(STAMP)  ## set the repository's address: make address URL=https://git
 
 costs: $(STAMP)  ## build the book, and record what its chapters cost
 	PYTHONPATH=tests $(BIN)/python -m tools.book --record
+
+tuned: $(STAMP)  ## fine-tune mini for the five tasks, and record what it reaches
+	PYTHONPATH=tests $(BIN)/python -m tools.fine_tuned
 
 clean:  ## remove what the builds made, the environment too
 	rm -rf $(VENV) _build .cache .pytest_cache .ruff_cache build *.egg-info

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import statistics
 import string
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .config import ConfigError, ModernBertConfig
 from .heads import (
     ModernBertForMultipleChoice,
     ModernBertForQuestionAnswering,
@@ -52,6 +54,9 @@ class FineTuningConfig:
     ``lr`` is that of the head. Each layer below learns at ``layer_decay`` times the rate of the
     one above it, the embedding last. ``frozen`` trains the head alone. ``epochs`` below 1 take a
     random share of the rows. ``max_length`` counts the tokens of a text with its special ones.
+
+    Raises:
+        ConfigError: for a value with which no run could work.
     """
 
     epochs: float = 1.0
@@ -64,6 +69,15 @@ class FineTuningConfig:
     batch_tokens: int = 2048
     max_length: int = 128
     seed: int = 0
+
+    def __post_init__(self):
+        least = {"max_length": 8, "batch_tokens": 1, "weight_decay": 0, "warmup": 0}
+        for name in ("epochs", "lr", "layer_decay", "clip_norm", *least):
+            value = getattr(self, name)
+            if not (value >= least[name] if name in least else value > 0):
+                expected = f"at least {least[name]}" if name in least else "a number above 0"
+                usual = f"The default is {getattr(type(self), name)}."
+                raise ConfigError(f"{name} {value!r}", expected, usual)
 
 
 @dataclass
@@ -125,10 +139,45 @@ def warmup_then_linear(step: int, *, warmup: int, total: int) -> float:
 # --- rows and features --------------------------------------------------------------------
 
 
+WIDE, RATE_OF_WIDE = 512, 5e-5
+
+
+def settings_for(task: Task, config: ModernBertConfig) -> FineTuningConfig:
+    """Settings to start from: ``task.defaults``, or for a wide model, slower ones.
+
+    A model of 512 or more dimensions, such as the published ones, learns at 5e-5, the largest rate
+    in BERT's own list (arXiv:1810.04805, appendix A.3). It takes all rows at least once, longer
+    texts, and larger batches. Chapter 13.
+    """
+    usual = task.defaults
+    if config.hidden_size < WIDE:
+        return usual
+    return replace(
+        usual,
+        lr=RATE_OF_WIDE,
+        epochs=max(1.0, usual.epochs),
+        batch_tokens=4096,
+        max_length=max(128, 2 * usual.max_length),
+    )
+
+
 def label_names(rows: Sequence[dict], column: str) -> list[str]:
     """Every label that occurs in a column of labels, or of lists of them, sorted."""
     values = (row[column] for row in rows)
     return sorted({v for value in values for v in ([value] if isinstance(value, str) else value)})
+
+
+def named_classes(rows: Sequence[dict], column: str) -> dict[int, str]:
+    """A number for every label of a column.
+
+    Raises:
+        ValueError: for fewer than two. A head with one output is trained as a regression.
+    """
+    names = label_names(rows, column)
+    if len(names) < 2:
+        only = f"the only label is {names[0]!r}" if names else "there are no labels"
+        raise ValueError(f"column {column!r}: {only}; two or more are needed to tell apart")
+    return dict(enumerate(names))
 
 
 def token_batches(
@@ -136,7 +185,8 @@ def token_batches(
 ) -> Iterator[list[dict]]:
     """Batches of at most ``batch_tokens`` tokens, in random order where a generator is given.
 
-    A feature that is longer on its own makes a batch of its own.
+    A feature that is longer on its own makes a batch of its own. Questions with three choices and
+    with four do not meet in one batch, since the head returns a row of scores for each question.
     """
     order = range(len(features))
     if generator is not None:
@@ -144,7 +194,8 @@ def token_batches(
     batch, room = [], batch_tokens
     for i in order:
         size = sum(map(len, features[i]["sequences"]))
-        if batch and size > room:
+        alike = not batch or len(batch[0]["sequences"]) == len(features[i]["sequences"])
+        if batch and (size > room or not alike):
             yield batch
             batch, room = [], batch_tokens
         batch.append(features[i])
@@ -169,7 +220,8 @@ class Task:
         columns: what a row holds, by column, in words for a message.
         inputs: those columns that a prediction needs; training needs all.
         metric: the score that counts, one of those that ``score`` returns.
-        defaults: settings that suit the embedded checkpoint.
+        defaults: settings that suit the embedded checkpoint; ``settings_for`` has those of larger
+            ones.
     """
 
     name: ClassVar[str]
@@ -246,14 +298,14 @@ class SequenceClassification(Task):
     columns: ClassVar = {"text": "a text", "label": "its label"}
     inputs = ("text",)
     metric = "accuracy"
-    defaults = FineTuningConfig(batch_tokens=1024, max_length=48)
+    defaults = FineTuningConfig(epochs=0.8, batch_tokens=512, max_length=32)
 
     def check(self, row, labelled=True):
         super().check(row, labelled)
         require_text(row, *(self.columns if labelled else self.inputs))
 
     def overrides(self, rows):
-        return {"id2label": dict(enumerate(label_names(rows, "label")))}
+        return {"id2label": named_classes(rows, "label")}
 
     def features(self, rows, tokenizer, model, n):
         texts = [row["text"] for row in rows]
@@ -286,7 +338,7 @@ class TokenClassification(Task):
     inputs = ("words",)
     metric = "macro_f1"
     defaults = FineTuningConfig(
-        epochs=0.36, lr=3e-3, layer_decay=0.9, batch_tokens=1024, max_length=256
+        epochs=0.12, lr=3e-3, layer_decay=0.9, batch_tokens=512, max_length=256
     )
 
     def check(self, row, labelled=True):
@@ -301,7 +353,7 @@ class TokenClassification(Task):
             raise ValueError(f"{len(row['words'])} words and {len(row['labels'])} labels")
 
     def overrides(self, rows):
-        return {"id2label": dict(enumerate(label_names(rows, "labels")))}
+        return {"id2label": named_classes(rows, "labels")}
 
     def features(self, rows, tokenizer, model, n):
         label2id, found = model.config.label2id, []
@@ -398,7 +450,7 @@ class QuestionAnswering(Task):
     inputs = ("question", "context")
     metric = "f1"
     defaults = FineTuningConfig(
-        epochs=2, lr=3e-3, layer_decay=0.9, batch_tokens=1024, max_length=192
+        epochs=1, lr=3e-3, layer_decay=0.9, batch_tokens=512, max_length=192
     )
     longest_answer = 30  # tokens
 
@@ -408,7 +460,7 @@ class QuestionAnswering(Task):
         if labelled:
             try:
                 start = answer_start(row)
-            except ValueError:
+            except (ValueError, TypeError):
                 raise ValueError(f"answer_start {row['answer_start']!r} is no number") from None
             if start < 0 or not row["context"].startswith(row["answer"], start):
                 where = "in the context" if start < 0 else f"at character {start} of the context"
@@ -419,21 +471,17 @@ class QuestionAnswering(Task):
 
     def features(self, rows, tokenizer, model, n):
         questions, contexts = ([row[k] for row in rows] for k in ("question", "context"))
-        encoded = tokenizer(
-            questions,
-            contexts,
-            truncation="only_second",
-            max_length=n,
-            return_offsets_mapping=True,
-        )
-        lengths = [len(ids) for ids in tokenizer(questions)["input_ids"]]
+        # A question fills half of the places at most: there must be a context to answer from.
+        asked = tokenizer(questions, truncation=True, max_length=n // 2 + 1)["input_ids"]
+        given = tokenizer(contexts, add_special_tokens=False, return_offsets_mapping=True)
         found = []
-        for row, ids, offsets, skip in zip(
-            rows, encoded["input_ids"], encoded["offset_mapping"], lengths, strict=True
+        for row, question, ids, offsets in zip(
+            rows, asked, given["input_ids"], given["offset_mapping"], strict=True
         ):
             # [CLS] question [SEP] fill the first ``skip`` places, the last [SEP] the last one.
-            feature = {"sequences": [ids], "skip": skip, "offsets": offsets[skip:-1]}
-            feature["context"] = row["context"]
+            skip, room = len(question), n - len(question) - 1
+            feature = {"sequences": [[*question, *ids[:room], tokenizer.sep_token_id]]}
+            feature |= {"skip": skip, "offsets": offsets[:room], "context": row["context"]}
             if "answer" in row:
                 places = answer_tokens(row, feature["offsets"])
                 shifted = [BEYOND if p is None else p + skip for p in places]
@@ -531,7 +579,7 @@ class MultipleChoice(Task):
     }
     inputs = ("context", "choices")
     metric = "accuracy"
-    defaults = FineTuningConfig(epochs=0.2, max_length=64)
+    defaults = FineTuningConfig(epochs=0.06, batch_tokens=1024, max_length=64)
 
     def check(self, row, labelled=True):
         super().check(row, labelled)
@@ -541,8 +589,9 @@ class MultipleChoice(Task):
             raise ValueError("'choices' is not a list of two or more")
         if not all(isinstance(choice, str) and choice.strip() for choice in choices):
             raise ValueError("a choice is empty")
-        if labelled and row["label"] not in range(len(choices)):
-            raise ValueError(f"label {row['label']!r} is no index of {len(choices)} choices")
+        label = row["label"] if labelled else 0
+        if type(label) is not int or label not in range(len(choices)):
+            raise ValueError(f"label {label!r} is no index of {len(choices)} choices")
 
     def features(self, rows, tokenizer, model, n):
         return [
@@ -583,7 +632,7 @@ class SentenceEmbedding(Task):
     inputs = ("query", "text")
     metric = "mrr"
     defaults = FineTuningConfig(
-        epochs=0.8, lr=3e-3, layer_decay=0.9, batch_tokens=4096, max_length=48
+        epochs=0.25, lr=3e-3, layer_decay=0.9, batch_tokens=2048, max_length=48
     )
     temperature = 0.05
 
@@ -641,6 +690,16 @@ def contrastive_loss(queries: Tensor, texts: Tensor, temperature: float) -> Tens
 def ranking_scores(rows: Sequence[dict], scores: Tensor) -> dict[str, float]:
     """Recall at 1, 5 and 10, and the mean of 1/rank, of each query's own text among all texts.
 
+    Arguments as in ``ranks_of``.
+    """
+    ranks = ranks_of(rows, scores).double()
+    recall = {f"recall@{k}": (ranks <= k).double().mean().item() for k in (1, 5, 10)}
+    return recall | {"mrr": (1 / ranks).mean().item()}
+
+
+def ranks_of(rows: Sequence[dict], scores: Tensor) -> Tensor:
+    """At which place, from 1, each query's own text comes among all texts, (rows,).
+
     Args:
         rows: with ``query`` and ``text``. A text that occurs twice is one text, and a query that
             occurs with several texts may find any of them.
@@ -662,9 +721,7 @@ def ranking_scores(rows: Sequence[dict], scores: Tensor) -> dict[str, float]:
         others = line >= best
         others[mine] = False
         ranks.append(1 + int(others.sum()))
-    ranks = torch.tensor(ranks)
-    recall = {f"recall@{k}": (ranks <= k).double().mean().item() for k in (1, 5, 10)}
-    return recall | {"mrr": (1 / ranks.double()).mean().item()}
+    return torch.tensor(ranks)
 
 
 def require_text(row: dict, *columns: str) -> None:
@@ -709,16 +766,20 @@ def fine_tune(
         ValueError: where there is nothing to train or to train on, or the loss is no number.
             Chapter 13.
     """
-    features = task.features(rows, tokenizer, model, config.max_length)
-    if not features:
+    if not rows:
         raise ValueError("no rows to train on")
+    if config.epochs < 1:
+        share = max(1, round(config.epochs * len(rows)))
+        rows = random.Random(config.seed).sample(rows, share)
+    features = task.features(rows, tokenizer, model, config.max_length)
     generator = torch.Generator().manual_seed(config.seed)
     epochs = [
         list(token_batches(features, config.batch_tokens, generator))
         for _ in range(math.ceil(config.epochs))
     ]
-    steps = max(1, round(config.epochs / len(epochs) * sum(map(len, epochs))))
-    plan = list(itertools.chain(*epochs))[:steps]
+    plan = list(itertools.chain(*epochs))
+    steps = round(max(1, config.epochs) / len(epochs) * len(plan))
+    plan = plan[:steps]
     if config.frozen:
         if not hasattr(model, model.base_model_prefix):
             raise ValueError("this model is all encoder: frozen, it has nothing left to train")
