@@ -1,4 +1,5 @@
-"""The command line: ``modernbert-mini fill-mask``, ``inspect``, ``benchmark``, ``pretrain``.
+"""The command line: ``modernbert-mini fill-mask``, ``inspect``, ``benchmark``, ``pretrain``,
+``fine-tune``, ``doctor``.
 
 Everything heavy is imported inside the command that needs it, so ``--help`` answers at once.
 """
@@ -38,13 +39,15 @@ PARTS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for an error that the message explains.
 
+    ``doctor`` returns 1 where something has to be mended.
+
     ``arguments`` are those of the command line by default.
     """
     options = build_parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(f"warning: {message}")
         try:
-            options.run(options)
+            code = options.run(options)
             sys.stdout.flush()
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
@@ -54,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         except KeyboardInterrupt:
             return 130
-    return 0
+    return code or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -210,6 +213,21 @@ examples:
     )
 
     add_fine_tune(commands)
+
+    doctor = add_command(
+        commands,
+        run_doctor,
+        "doctor",
+        "say whether this machine is ready for the book, and what to mend",
+        f"""A line for each thing: ok, note (the book runs, with less) or FAULT (a chapter will not
+run), and what to do about it. The block at the end belongs into a bug report. The exit code is 1
+where there is a fault.
+
+examples:
+  {PROGRAM} doctor
+  python -m modernbert_mini doctor --json""",
+    )
+    doctor.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
 
 
@@ -472,14 +490,18 @@ def run_fine_tune(options: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from .fine_tuning import evaluate, fine_tune, predict, save, spread
+    from .config import ModernBertConfig
+    from .fine_tuning import evaluate, fine_tune, predict, save, settings_for, spread
+    from .sources import Source
     from .task_data import BASELINES
     from .tokenizer import Tokenizer
 
     names = ("epochs", "lr", "layer_decay", "batch_tokens", "max_length")
     chosen = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
-    config = replace(task.defaults, frozen=options.frozen, **chosen)
-    tokenizer = Tokenizer.from_pretrained(options.model, options.revision)
+    source = Source(options.model, options.revision)
+    usual = settings_for(task, ModernBertConfig.from_file(source.require("config.json")))
+    config = replace(usual, frozen=options.frozen, **chosen)
+    tokenizer = Tokenizer.from_pretrained(options.model, source.revision)
     say(f"{task.name}: {len(train):,} rows to train on, {len(test):,} to test on")
     report = {"task": task.name, "model": options.model, "rows": [len(train), len(test)]}
     report |= {"settings": asdict(config) | {"seed": options.seeds}, "runs": []}
@@ -489,7 +511,7 @@ def run_fine_tune(options: argparse.Namespace) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the head is new is what was asked for
             model = task.load(
-                options.model, train, revision=options.revision, device=options.device
+                options.model, train, revision=source.revision, device=options.device
             )
         with tqdm(unit="step", disable=None, leave=False) as bar:
 
@@ -518,6 +540,17 @@ def run_fine_tune(options: argparse.Namespace) -> None:
         say(f"model: {options.output}")
     for answer in predict(task, model, tokenizer, asked, **cut) if asked else []:
         print(json.dumps(task.printable(answer), ensure_ascii=False))
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """Print what is wrong with this machine; return 1 where something has to be mended."""
+    from . import doctor
+
+    if hasattr(sys.stdout, "reconfigure"):  # consoles of Windows may know few letters
+        sys.stdout.reconfigure(errors="replace")
+    found, about = doctor.examine(), doctor.environment()
+    print((doctor.as_json if options.json else doctor.report)(found, about))
+    return int(any(finding.level == doctor.FAULT for finding in found))
 
 
 def training_rows(task: Task, source: str, test: str | None) -> tuple[list[dict], list[dict]]:
