@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from tools import address, sync
 from tools.chapters import NOTEBOOKS, ROOT, problems
 
@@ -246,6 +248,53 @@ def test_every_mention_of_the_repository_is_its_address():
         mentions += re.findall(r"git\+https://github\.com/([\w-]+/[\w-]+)", text)
         mentions += re.findall(r"git clone https://github\.com/([\w-]+/[\w-]+)", text)
         assert set(mentions) <= {address.slug(URL)}, page.name
+
+
+def test_launch_links_open_files_of_the_branch_that_is_published():
+    config = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
+    assert config["repository"] == {"url": URL, "branch": "main"}
+    for page in [*(p for pattern in address.PAGES for p in ROOT.glob(pattern)), *NOTEBOOKS]:
+        for link in re.findall(r"https://[^\s\"'<>)\\]+", page.read_text("utf-8")):
+            path = address.opened(URL, link)
+            assert path is None or (ROOT / path).is_file(), f"{page.name}: {link}"
+
+
+def test_each_row_of_the_readme_opens_its_own_chapter():
+    rows = re.findall(r"^\| \d+ \|.*$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    opened = []
+    for row in rows:
+        links = re.findall(r"\]\(([^)\s]+)\)", row)
+        paths = {address.opened(URL, link) or link for link in links if ".ipynb" in link}
+        assert len(paths) <= 1, row  # reading and launching lead to one notebook
+        opened += paths
+    assert opened == [f"notebooks/{notebook.name}" for notebook in NOTEBOOKS]
+
+
+@pytest.mark.parametrize(
+    ("link", "path"),
+    [
+        (f"{URL}/edit/main/book/a.md", "book/a.md"),
+        (f"{URL}/blob/main/notebooks/03_rope.ipynb#step", "notebooks/03_rope.ipynb"),
+        (address.colab(URL, "notebooks/03_rope.ipynb"), "notebooks/03_rope.ipynb"),
+        (f"{URL}/blob/main/a%20b.md", "a b.md"),
+        (URL, None),
+        (f"{URL}/issues/new?title=x", None),
+        ("https://github.com/other/repository/blob/main/a.md", None),
+    ],
+)
+def test_what_a_launch_link_opens(link, path):
+    assert address.opened(URL, link) == path
+
+
+def test_a_launch_link_to_another_branch_is_refused():
+    with pytest.raises(ValueError, match="the branch master, not to main"):
+        address.opened(URL, f"{URL}/blob/master/README.md")
+
+
+def test_the_setup_cell_installs_what_the_repository_holds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    (asked,) = re.findall(r'"([\w-]+) @ git\+([^"]+)"', address.setup_cell(URL))
+    assert asked == (project["name"], URL)
 
 
 def test_one_command_carries_a_new_address_everywhere(toy):

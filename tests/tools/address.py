@@ -11,6 +11,7 @@ repository in the README and the other pages. Launch and edit links of the book 
 import re
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 
@@ -53,6 +54,22 @@ def setup_cell(url: str) -> str:
         f'    %pip install -q "modernbert-mini @ git+{url}"\n'
         "    import modernbert_mini"
     )
+
+
+def opened(url: str, link: str) -> str | None:
+    """The path in the repository that a launch or edit link opens; None for any other link.
+
+    Raises:
+        ValueError: for one that leads to another branch than main.
+    """
+    hosts = r"https://(?:github\.com|colab\.research\.google\.com/github)"
+    kinds = "blob|edit|tree|raw|blame"
+    found = re.match(rf"{hosts}/{re.escape(slug(url))}/(?:{kinds})/([^/]+)/([^?#]+)", link)
+    if found is None:
+        return None
+    if found[1] != "main":
+        raise ValueError(f"{link} leads to the branch {found[1]}, not to main")
+    return unquote(found[2])
 
 
 def carry(root: Path, old: str, new: str) -> list[str]:
