@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 import nbformat
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from rattler import MatchSpec
 from tools import costs
 from tools.chapters import NOTEBOOKS, ROOT
 
@@ -286,6 +288,22 @@ def test_environment_agrees_with_the_constraints():
     assert "--constraint .ci/constraints.txt" in pip and "-e .[test]" in pip
 
 
+def test_conda_can_read_the_environment():
+    environment = yaml.safe_load(read("environment.yml"))
+    assert environment["channels"] == ["conda-forge"]
+    assert re.fullmatch(r"[\w.-]+", environment["name"])
+    specs = {
+        spec.name.normalized: spec
+        for line in environment["dependencies"]
+        if isinstance(line, str)
+        for spec in [MatchSpec(line, strict=True)]
+    }
+    assert specs["python"].version == "3.11.*" and "pip" in specs  # conda warns where pip lacks
+    (pip,) = (d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    for line in pip:
+        assert line.startswith("-") or Requirement(line).specifier, line
+
+
 def test_what_runs_here_is_what_the_constraints_say():
     from importlib.metadata import version
 
@@ -297,9 +315,10 @@ def test_continuous_integration_runs_the_two_commands():
     assert read(".ci/run").splitlines() == ["#!/bin/sh", "exec make test"]
     steps = {
         name: str(yaml.safe_load(read(f".github/workflows/{name}.yml"))["jobs"])
-        for name in ("cpu", "gpu", "book")
+        for name in ("cpu", "gpu", "book", "colab")
     }
     assert ".ci/run" in steps["cpu"] and "make book" in steps["book"] and "--nbmake" in steps["gpu"]
+    assert "tools.colab --torch colab" in steps["colab"]
     for text in steps.values():
         actions = re.findall(r"uses': '([^']+)'", text)
         assert actions and all(re.fullmatch(r"actions/[\w-]+@v\d+", a) for a in actions)
