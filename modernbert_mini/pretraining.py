@@ -1073,7 +1073,9 @@ def train(run: Run, progress: bool) -> None:
     held_out = held_out_batches(config, run.data)
     log = Log(folder, active=run.world.rank == 0, steps=run.steps)
     log.write("start", **describe_run(run, held_out))
-    if not (folder / "checkpoint.pt").exists():
+    # Asked of the run and not of the disk: there, other processes may see what the first has just
+    # written, and not wait for it.
+    if run.steps == 0:
         save_checkpoint(run, folder / "checkpoint.pt")  # a disk that is full says so now
         if config.initialize_from:
             log_evaluation(log, run, held_out)
