@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import nbformat
 import pytest
 import yaml
 from tools import address, sync
-from tools.chapters import NOTEBOOKS, ROOT, problems
+from tools.chapters import COLAB_GPU, NOTEBOOKS, ROOT, problems
 
 from modernbert_mini import checks
 
@@ -149,6 +151,8 @@ def _metadata(index, **metadata):
     [
         (_output, "has outputs"),
         (lambda b: b.metadata.kernelspec.update(name="venv"), "kernelspec"),
+        (_source(5, "torch.cuda.is_available()"), "metadata lack"),
+        (lambda b: b.metadata.update(accelerator="GPU"), "uses no GPU"),
         (_source(0, "# A toy"), "does not start with"),
         (_source(1, address.badge(URL, "notebooks/04_toy.ipynb")), "leads elsewhere"),
         (_metadata(1, tags=["colab-badge"]), "tagged remove-cell"),
@@ -177,6 +181,28 @@ def test_two_cells_with_one_id_are_named(toy):
     book["cells"][3]["id"] = book["cells"][2]["id"]
     toy.write_text(json.dumps(book))
     assert any("twice" in problem for problem in problems(toy, URL))
+
+
+def test_tools_keep_what_asks_colab_for_a_gpu(toy, tmp_path):
+    def ask(book):
+        book.cells[5].source = book.cells[5].source.replace("2 * x", "x + x")
+        book.cells[-1].source += "\ntorch.cuda.is_available()"
+        book.cells[-1].outputs = [nbformat.v4.new_output("stream", text="x")]
+        book.metadata.update(COLAB_GPU)
+
+    def kept() -> bool:
+        return COLAB_GPU.items() <= json.loads(toy.read_text())["metadata"].items()
+
+    change(toy, ask)
+    assert sync.rewrite(toy, package(toy)) == 1 and kept()
+    program = Path(sys.executable).parent
+    subprocess.run([program / "nbstripout", "--keep-id", toy], check=True)
+    assert not nbformat.read(toy, as_version=4).cells[-1].outputs and kept()
+    text = tmp_path / "toy.py"
+    subprocess.run([program / "jupytext", "--to", "py:percent", "--output", text, toy], check=True)
+    update = ["--to", "ipynb", "--update", "--output", toy, text]
+    subprocess.run([program / "jupytext", *update], check=True)
+    assert kept()
 
 
 def test_a_function_that_draws_needs_alt_text_only_where_it_is_called(toy):

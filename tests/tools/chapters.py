@@ -16,6 +16,8 @@ DRAWS = re.compile(
     r"\bplt\.(?:subplots|figure|plot|imshow)\b|\bplots\.(?!style\b|cost_card\b)\w+\("
 )
 DIRECTIVE = re.compile(r"^\s*(?:```+|:::+)\{|\{(?:cite|ref|doc|term|numref|eq)\}`", re.M)
+# How a notebook asks Colab for a runtime with its free GPU.
+COLAB_GPU = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}}
 HEADING = re.compile(r"^### Exercise (\d+\.\d+) · .+\((?:★|☆){3} · \d+ minutes?\)\s*$", re.M)
 
 
@@ -34,6 +36,7 @@ def problems(path: Path, url: str) -> list[str]:
         # As it stands on disk: nbformat mends cell ids while it reads.
         *_form(json.loads(path.read_text(encoding="utf-8"))),
         *_opening(book, path, url),
+        *_runtime(book),
         *_figures(book),
         *_prose(book),
         *_exercises(book, path),
@@ -74,6 +77,16 @@ def _opening(book: dict, path: Path, url: str) -> list[str]:
     if len(costs) != 1 or f'cost_card("{path.stem}")' not in costs[0]:
         found.append(f'no cell tagged cost with cost_card("{path.stem}")')
     return found
+
+
+def _runtime(book: dict) -> list[str]:
+    """A chapter that uses a GPU asks Colab for one, and no other does."""
+    asked = {key: book["metadata"].get(key) for key in COLAB_GPU}
+    code = "\n".join(c["source"] for c in book["cells"] if c["cell_type"] == "code")
+    if "torch.cuda." in code:
+        return [] if asked == COLAB_GPU else [f"uses a GPU, but its metadata lack {COLAB_GPU}"]
+    idle = asked["accelerator"] and "cuda" not in code
+    return ["uses no GPU, but asks Colab for one"] if idle else []
 
 
 def _figures(book: dict) -> list[str]:
