@@ -8,11 +8,14 @@ weights.
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from .cloze import BLANK
 from .config import ModernBertConfig
+from .data import corpus_name
 from .fill_mask import FillMask
 from .heads import ModernBertForMaskedLM
 from .recipe import DURATIONS, PretrainingConfig
@@ -40,7 +43,13 @@ def write_card(
         tokenizer: the model's.
         target: the folder of the exported model.
     """
-    facts = summarise(log)
+    write_facts(summarise(log), model, tokenizer, target)
+
+
+def write_facts(
+    facts: dict[str, Any], model: ModernBertForMaskedLM, tokenizer: Tokenizer, target: Path
+) -> None:
+    """Write what ``summarise`` found, or a ``training.json`` says, as ``write_card`` does."""
     answers = {prompt: FillMask(model, tokenizer)(prompt, top_k=5) for prompt in PROMPTS}
     (target / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     draw_curve(facts, target / "loss.png")
@@ -55,9 +64,12 @@ def summarise(log: list[dict]) -> dict[str, Any]:
     scores = {line["step"]: line for line in log if line["event"] == "evaluation"}
     train, evaluations = ([by[s] for s in sorted(by)] for by in (steps, scores))
     last = max([train[-1], evaluations[-1]], key=lambda line: line["step"])
-    # Paths belong to the machine that trained, not to the recipe.
-    recipe = {k: v for k, v in starts[-1]["config"].items() if not k.endswith("folder")}
+    recipe = without_paths(starts[-1]["config"])
     peak = max(line["lr"] for line in train)
+    began_with = starts[0].get("began_with")
+    if began_with:  # its scores on the very same positions
+        first = {key: evaluations[0].get(key) for key in ("step", "held_out", "cloze")}
+        began_with = began_with | {"scores": first if first.pop("step") == 0 else None}
     stride = -(-len(train) // LARGEST_CURVE)
     return {
         "recipe": recipe,
@@ -76,6 +88,9 @@ def summarise(log: list[dict]) -> dict[str, Any]:
         "remarks": [line["text"] for line in log if line["event"] == "remark"],
         "unigram": starts[-1]["unigram"],
         "held_out": evaluations[-1]["held_out"],
+        "unigram_cloze": starts[-1].get("unigram_cloze"),
+        "cloze": evaluations[-1].get("cloze"),
+        "began_with": began_with,
         "curve": {
             "train": [[line["tokens"], round(line["loss"], 4)] for line in train[::stride]],
             "held_out": [
@@ -83,6 +98,18 @@ def summarise(log: list[dict]) -> dict[str, Any]:
             ],
         },
     }
+
+
+def without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with names for paths, which belong to the machine that trained."""
+    recipe = {k: v for k, v in config.items() if not k.endswith("folder")}
+    for key in ("tokenizer", "initialize_from"):
+        if recipe.get(key) and Path(recipe[key]).expanduser().is_dir():
+            recipe[key] = Path(recipe[key]).name
+    for part in (parts := [recipe, *map(dict, recipe.get("phases", []))]):
+        if "corpora" in part:
+            part["corpora"] = {corpus_name(k): v for k, v in part["corpora"].items()}
+    return recipe | ({"phases": parts[1:]} if "phases" in recipe else {})
 
 
 def draw_curve(facts: dict[str, Any], path: Path) -> None:
@@ -135,7 +162,8 @@ def card(
         f"# {titles[mini]}",
         "",
         f"A masked language model of {facts['parameters']:,} parameters with ModernBERT's "
-        "architecture, pre-trained from scratch by the recipe in `pretraining.py`."
+        f"architecture, pre-trained {'' if facts.get('began_with') else 'from scratch '}by the "
+        "recipe in `pretraining.py`."
         + (
             " It exists so that every chapter runs offline in seconds. It is no model to build a "
             "product on."
@@ -174,6 +202,7 @@ def card(
         "![Line chart: training and held-out loss in nats per masked token against the tokens "
         "seen, with the unigram baseline as a flat line](loss.png)",
         "",
+        *cloze_lines(facts, name),
         "## What it says",
         "",
         "| prompt | five best answers |",
@@ -188,7 +217,7 @@ def card(
         "",
         *(f"- **{c['name']}**: {c['source']}; sha256 `{c['sha256']}`." for c in facts["corpora"]),
         "",
-        *licence_lines(facts["corpora"], share_alike),
+        *licence_lines(facts["corpora"], share_alike, left_out=mini),
         "## Recipe",
         "",
         *recipe_lines(facts),
@@ -205,9 +234,10 @@ def card(
         "",
         "## Limits",
         "",
-        f"- It saw {facts['tokens'] / 1e6:.0f} million tokens; ModernBERT-base saw two trillion. "
-        "It knows common grammar, how encyclopedias, dictionaries and manuals sound, and few "
-        "facts.",
+        f"- It saw {tokens_seen(facts) / 1e6:.0f} million tokens; ModernBERT-base saw two "
+        "trillion. It knows common grammar, how encyclopedias, dictionaries and manuals sound, and "
+        "few facts.",
+        *cloze_limits(facts),
         f"- It was trained on texts of at most {longest(recipe):,} tokens. The code accepts up to "
         f"{config.max_position_embeddings:,}; what it does beyond was not measured.",
         "- English only. It repeats what its sources say and how they say it, their biases and "
@@ -230,6 +260,84 @@ def score_row(name: str, score: dict[str, float], baseline: dict[str, float]) ->
     return f"| {name} | {' | '.join(cells)} |"
 
 
+def cloze_lines(facts: dict[str, Any], name: str) -> list[str]:
+    """The section on everyday facts; nothing where they were not asked."""
+    cloze = facts.get("cloze")
+    if not cloze:
+        return []
+    rows = [(name, cloze)]
+    began_with = facts.get("began_with") or {}
+    if first := (began_with.get("scores") or {}).get("cloze"):
+        rows.append((f"{began_with['name']}, which it began with", first))
+    if baseline := facts.get("unigram_cloze"):
+        rows.append(("unigram baseline", baseline))
+    topics: dict[str, list] = {}
+    for answer in cloze["answers"]:
+        topics.setdefault(answer["topic"], []).append(answer["right_at"])
+    missing = cloze["facts"] - cloze["answerable"]
+    return [
+        "## Everyday facts",
+        "",
+        f"{cloze['facts']} sentences with a word left out (`cloze.json` of the package). They were "
+        "written before any model had answered them, and are not in the training text. A guess "
+        "counts if it is a right word, as one token."
+        + (f" {missing} have no such word in this vocabulary." if missing else ""),
+        "",
+        "| | right at once | among the five best |",
+        "|---|--:|--:|",
+        *(f"| {who} | {score['top1']:.0%} | {score['top5']:.0%} |" for who, score in rows),
+        "",
+        "| topic | facts | right at once | among the five best |",
+        "|---|--:|--:|--:|",
+        *(
+            f"| {topic} | {len(places)} | {places.count(1)} | {len(places) - places.count(None)} |"
+            for topic, places in topics.items()
+        ),
+        "",
+        "`training.json` has every guess, under `cloze`.",
+        "",
+    ]
+
+
+def cloze_limits(facts: dict[str, Any]) -> list[str]:
+    """What the everyday facts show that the model cannot do."""
+    cloze = facts.get("cloze")
+    if not cloze:
+        return []
+    wrong = [answer for answer in cloze["answers"] if answer["right_at"] != 1]
+    echoes = sum(repeats_sentence(answer) for answer in wrong)
+    found = round(cloze["top5"] * cloze["facts"])
+    return [
+        f"- Of {cloze['facts']} everyday facts it has {found} among its five best guesses. Of its "
+        f"{len(wrong)} wrong first guesses, {echoes} repeat a word of the sentence. It is no "
+        "source of facts."
+    ]
+
+
+def repeats_sentence(answer: dict[str, Any]) -> bool:
+    """Whether the best guess for a blank is a word that the sentence shows."""
+    shown = re.findall(r"\w+", answer["sentence"].replace(BLANK, "").lower())
+    return answer["guesses"][0][0].lower() in shown
+
+
+def tokens_seen(facts: dict[str, Any]) -> int:
+    """Tokens of the run, and of the one whose weights it began with."""
+    return facts["tokens"] + (facts.get("began_with") or {}).get("tokens", 0)
+
+
+def origin_lines(facts: dict[str, Any]) -> list[str]:
+    """The weights that the run began with."""
+    began_with = facts.get("began_with")
+    if not began_with:
+        return []
+    trained = ""
+    if "tokens" in began_with:
+        million, day = began_with["tokens"] / 1e6, began_with["started"][:10]
+        trained = f", trained on {million:.1f} million tokens on {day}; how, `training.json` says"
+        trained += " under `began_with`"
+    return [f"- Begun with the weights of {began_with['name']}{trained}."]
+
+
 def answer_row(prompt: str, candidates: list[dict]) -> str:
     """One line of the table of answers."""
     words = (f"{c['token_str'].strip()} {c['score']:.0%}" for c in candidates)
@@ -246,7 +354,7 @@ def corpus_rows(corpora: list[dict]) -> list[str]:
     ]
 
 
-def licence_lines(corpora: list[dict], share_alike: bool) -> list[str]:
+def licence_lines(corpora: list[dict], share_alike: bool, left_out: bool = False) -> list[str]:
     """What the licences of the text ask to be said."""
     said = []
     if any(c["name"] == "wordnet" for c in corpora):
@@ -255,6 +363,11 @@ def licence_lines(corpora: list[dict], share_alike: bool) -> list[str]:
         said.append("The text of Wikipedia is by its authors.")
     if share_alike:
         said.append("Since part of the text is under CC BY-SA 4.0, so are these weights.")
+    if left_out:
+        said.append(
+            "Debian's dict-gcide (GPL) and dict-foldoc (GFDL) hold more English, but neither "
+            "licence lets what is made of it be passed on under CC BY-SA 4.0: they were left out."
+        )
     return [" ".join(said), ""] if said else []
 
 
@@ -287,6 +400,7 @@ def recipe_lines(facts: dict[str, Any]) -> list[str]:
         f"- {recipe['mask_probability'] * 100:g} % of the tokens masked ({hidden:g} % [MASK], "
         f"{random:g} % random, {100 - hidden - random:g} % as they were); only masked positions "
         "are decoded. Masks are drawn anew each time.",
+        *origin_lines(facts),
         "- Packed batches without padding; no document sees another.",
         f"- {facts['steps']:,} steps, {facts['tokens'] / 1e6:.1f} million tokens.",
         f"- {optimizer}, betas {first} and {second}, epsilon {recipe['epsilon']:g}; weight decay "

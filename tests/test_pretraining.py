@@ -1241,10 +1241,55 @@ def test_an_exported_run_loads_and_its_card_agrees_with_the_log(config, tmp_path
     assert f"{facts['held_out']['all']['loss']:.3f}" in card
     assert f"{facts['unigram']['all']['loss']:.3f}" in card
     assert facts["tokens"] == run.tokens and facts["finished"]
+    assert facts["began_with"] is None and "pre-trained from scratch" in card
+    assert facts["cloze"]["facts"] == 50 and facts["unigram_cloze"]["facts"] == 50
+    lacking = 50 - facts["cloze"]["answerable"]
+    assert f"{lacking} have no such word in this vocabulary" in card
+    assert f"| out | {facts['cloze']['top1']:.0%} | {facts['cloze']['top5']:.0%} |" in card
     assert "intermediate" not in card
     assert (target / "loss.png").stat().st_size > 1000
     for text in (card, json.dumps(facts)):
         assert str(tmp_path) not in text and os.sep + "usr" not in text
+
+
+def test_a_run_that_goes_on_says_with_what_it_began(config, tmp_path):
+    first = pretraining.pretrain(config)
+    pretraining.export(config.folder, tmp_path / "first")
+    before = json.loads((tmp_path / "first" / "training.json").read_text())
+    folder, start = str(tmp_path / "second"), str(tmp_path / "first")
+    second = replace(config, folder=folder, model={}, tokenizer=start, initialize_from=start)
+    second.learning_rate = 1e-3
+    tokens = pretraining.pretrain(second).tokens
+    pretraining.export(folder, tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "training.json").read_text())
+    began_with, scores = facts["began_with"], facts["began_with"]["scores"]
+    assert (began_with["name"], began_with["recipe"]) == ("first", before["recipe"])
+    assert (began_with["tokens"], facts["tokens"]) == (first.tokens, tokens)
+    for corpus, score in before["held_out"].items():
+        assert scores["held_out"][corpus] == pytest.approx(score)
+    assert scores["cloze"] == before["cloze"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Begun with the weights of first" in card and "first, which it began with" in card
+    assert f"trained on {first.tokens / 1e6:.1f} million tokens" in card
+    assert "from scratch" not in card and str(tmp_path) not in json.dumps(facts) + card
+
+
+def test_the_card_counts_guesses_that_repeat_the_sentence():
+    def answer(sentence, guess, right_at=None):
+        return {"sentence": sentence, "guesses": [[guess, 0.5]], "right_at": right_at}
+
+    answers = [
+        answer("Water is [MASK].", "water"),
+        answer("Water is [MASK].", "wet", 1),
+        answer("Water is [MASK].", "ate"),
+        answer("A mask is a [MASK].", "MASK"),
+        answer("Ice is [MASK].", "mask", 3),
+    ]
+    cloze = {"facts": 5, "top5": 2 / 5, "answers": answers}
+    (line,) = model_card.cloze_limits({"cloze": cloze})
+    assert "Of 5 everyday facts it has 2" in line
+    assert "Of its 4 wrong first guesses, 2 repeat" in line
+    assert model_card.cloze_limits({}) == []
 
 
 def test_a_card_written_while_training_goes_on_describes_the_checkpoint(config, tmp_path):

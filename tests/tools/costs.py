@@ -43,14 +43,31 @@ def commit() -> str:
 
 
 def scores_table(training: dict) -> str:
-    """How `mini` scores on text that it was not trained on."""
-    rows = ["| on held-out text | loss per hidden token (nats) | right at once |", "|---|--:|--:|"]
-    for name, key in (("`mini`", "held_out"), ("word frequencies alone", "unigram")):
-        score = training[key]["all"]
-        rows.append(f"| {name} | {score['loss']:.2f} | {score['top1']:.0%} |")
+    """How `mini` scores on text that it was not trained on, and on everyday facts."""
+    rows = [
+        "| on held-out text, and on everyday facts | loss per hidden token (nats) | right at once "
+        "| facts right at once | among the five best |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    lines = [("`mini`", training["held_out"], training["cloze"])]
+    if first := (training["began_with"] or {}).get("scores"):
+        lines.append(("the first `mini`", first["held_out"], first["cloze"]))
+    lines.append(("word frequencies alone", training["unigram"], training["unigram_cloze"]))
+    for name, held_out, cloze in lines:
+        score = held_out["all"]
+        rows.append(
+            f"| {name} | {score['loss']:.2f} | {score['top1']:.0%} | {cloze['top1']:.0%} "
+            f"| {cloze['top5']:.0%} |"
+        )
     count = training["held_out"]["all"]["positions"]
+    facts = training["cloze"]["facts"]
     return "\n".join(
-        [*rows, "", f"{count:,} hidden tokens; `mini` has {training['parameters']:,} parameters."]
+        [
+            *rows,
+            "",
+            f"{count:,} hidden tokens; {facts} facts such as “The capital of France is [MASK].”; "
+            f"`mini` has {training['parameters']:,} parameters.",
+        ]
     )
 
 
