@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 export MODERNBERT_PROGRESS := off
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint sync address costs tuned clean
+.PHONY: help book test pdf browser colab lint sync address costs tuned workshop rehearse clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -32,6 +32,17 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 
 book: $(STAMP)  ## execute every chapter and build the HTML, warnings as errors
 	PYTHONPATH=tests $(BIN)/python -m tools.book
+
+pdf: $(STAMP)  ## print the book that `make book` built as one PDF (needs Chromium)
+	$(PIP) -c .ci/constraints.txt -e '.[browser]'
+	PYTHONPATH=tests $(BIN)/python -m tools.pdf
+
+browser: $(STAMP)  ## open the book that `make book` built in Chromium and test it there
+	$(PIP) -c .ci/constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 tests/test_browser.py
+
+colab: $(STAMP)  ## run the notebooks as Colab does: make colab COLAB='--gpu 08 09' for some
+	PYTHONPATH=tests $(BIN)/python -m tools.colab $(COLAB)
 
 lint: $(STAMP)  ## ruff and codespell, the fast part of `make test`
 	$(BIN)/ruff check .
@@ -52,6 +63,12 @@ costs: $(STAMP)  ## build the book, and record what its chapters cost
 
 tuned: $(STAMP)  ## fine-tune mini for the five tasks, and record what it reaches
 	PYTHONPATH=tests $(BIN)/python -m tools.fine_tuned
+
+workshop: $(STAMP)  ## notebooks and an offline bundle for teaching; WHEELS=1 downloads the wheels
+	PYTHONPATH=tests $(BIN)/python -m tools.workshop $(if $(WHEELS),--wheels)
+
+rehearse: $(STAMP)  ## the same, and run every student notebook from top to bottom
+	PYTHONPATH=tests $(BIN)/python -m tools.workshop --rehearse
 
 clean:  ## remove what the builds made, the environment too
 	rm -rf $(VENV) _build .cache .pytest_cache .ruff_cache build *.egg-info

@@ -7,12 +7,10 @@ import io
 import json
 import pkgutil
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import tokenize
-import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -63,6 +61,7 @@ KNOWN_HOSTS = {
     "git-lfs.github.com",
     "github.com",
     "huggingface.co",
+    "mybinder.org",
     "jfly.uni-koeln.de",
     "triton-lang.org",
     "www.apache.org",
@@ -346,20 +345,3 @@ def test_every_chapter_has_a_recorded_cost_below_a_minute(notebook):
     cost = json.loads(costs.RECORD.read_text())[notebook.stem]
     assert 0 < cost["seconds"] < 60
     assert cost["peak_ram_mb"] > 50 and cost["fetched_mb"] >= 0 and cost["torch"] and cost["cpu"]
-
-
-@pytest.mark.slow
-def test_the_wheel_carries_the_checkpoint_and_the_measurements(tmp_path):
-    # Built from a copy: setuptools leaves its own files beside what it builds.
-    source = tmp_path / "source"
-    shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    wanted = {str(path.relative_to(source)) for path in source.rglob("*.py")}
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
-    subprocess.run([*command, "--wheel-dir", tmp_path, source], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    inside = set(zipfile.ZipFile(wheel).namelist())
-    wanted |= {f"modernbert_mini/mini/{p.name}" for p in (PACKAGE / "mini").iterdir()}
-    wanted |= {"modernbert_mini/py.typed", "modernbert_mini/recorded/costs.json"}
-    assert wanted <= inside

@@ -6,12 +6,23 @@ from pathlib import Path
 
 import explorer_data
 import status_page
+import teaching
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
 from modernbert_mini import plots
 
 ROOT = Path(__file__).resolve().parents[2]
+# The explorer of a chapter, by its label in book/explorers.md and book/live.md.
+EXPLORED = {
+    "notebooks/02_tokenizer": "explore-tokens",
+    "notebooks/03_rope": "explore-rope",
+    "notebooks/06_alternating_attention": "explore-window",
+    "notebooks/07_unpadding": "explore-padding",
+    "notebooks/08_flash_attention": "explore-tiles",
+}
 
 
 def settle(app: Sphinx, config: Config) -> None:
@@ -25,7 +36,7 @@ def settle(app: Sphinx, config: Config) -> None:
 
 
 def write_pages(app: Sphinx) -> None:
-    """Write what pages include: costs, status, and the data of the explorers."""
+    """Write what pages include: costs, status, plans for teaching, data of the explorers."""
     recorded = ROOT / "modernbert_mini" / "recorded" / "costs.json"
     costs = json.loads(recorded.read_text()) if recorded.is_file() else {}
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -33,11 +44,34 @@ def write_pages(app: Sphinx) -> None:
         "costs.md": plots.cost_table(costs),
         "status.md": status_page.page(notebooks, costs),
         "explorers.html": explorer_data.page(),
+        **teaching.pages(ROOT / "notebooks"),
     }
     folder = ROOT / "book" / "_generated"
     folder.mkdir(exist_ok=True)
     for name, text in pages.items():
         (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def link_explorer(app: Sphinx, doctree: nodes.document) -> None:
+    """Lead from a chapter to its explorer, below what opens it.
+
+    The notebook does not say it: an explorer is a part of the rendered book, not of Colab.
+    """
+    label = EXPLORED.get(app.env.docname)
+    opening = next(doctree.findall(nodes.paragraph), None)
+    if label and opening:
+        words = nodes.inline("", "See it move: the explorer", classes=["std-ref"])
+        link = addnodes.pending_xref(
+            "",
+            words,
+            refdomain="std",
+            reftype="ref",
+            reftarget=label,
+            refexplicit=True,
+            refwarn=True,
+        )
+        link["refdoc"] = app.env.docname
+        opening.parent.insert(opening.parent.index(opening) + 1, nodes.paragraph("", "", link))
 
 
 def drop_thebe(app: Sphinx, page: str, template: str, context: dict, doctree: object) -> None:
@@ -61,6 +95,7 @@ def spare_prose(app: Sphinx, what: str, name: str, obj: object, options: object,
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", settle)
     app.connect("builder-inited", write_pages)
+    app.connect("doctree-read", link_explorer)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("autodoc-process-docstring", spare_prose, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -20,6 +20,7 @@ ADDRESS = re.compile(r"https://github\.com/([A-Za-z0-9][\w-]*/[\w.-]+)")
 BADGE_IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"
 # Pages that mention the repository, besides the notebooks.
 PAGES = ["README.md", "CONTRIBUTING.md", "CITATION.cff", "pyproject.toml", "book/*.md"]
+BINDER = "https://mybinder.org"
 
 
 def address(root: Path) -> str:
@@ -38,6 +39,16 @@ def slug(url: str) -> str:
 def colab(url: str, path: str) -> str:
     """Where Colab opens a notebook of the repository."""
     return f"https://colab.research.google.com/github/{slug(url)}/blob/main/{path}"
+
+
+def binder(url: str) -> str:
+    """Where Binder opens the notebooks of the repository, in JupyterLab."""
+    return f"{BINDER}/v2/gh/{slug(url)}/main?urlpath=lab/tree/notebooks"
+
+
+def binder_badge(url: str) -> str:
+    """The line that shows Binder's button."""
+    return f"[![Open in Binder]({BINDER}/badge_logo.svg)]({binder(url)})"
 
 
 def badge(url: str, path: str) -> str:
@@ -79,8 +90,8 @@ def carry(root: Path, old: str, new: str) -> list[str]:
     pages = [p for pattern in PAGES for p in sorted(root.glob(pattern))]
     for page in [config, *pages]:
         before = page.read_text(encoding="utf-8")
-        # github.com/OWNER/NAME, and Colab's …/github/OWNER/NAME/…
-        mention = rf"(github\.com/|/github/){re.escape(slug(old))}\b"
+        # github.com/OWNER/NAME, Colab's …/github/OWNER/NAME/…, Binder's …/gh/OWNER/NAME/…
+        mention = rf"(github\.com/|/github/|/gh/){re.escape(slug(old))}\b"
         after = re.sub(mention, rf"\g<1>{slug(new)}", before)
         if after != before:
             page.write_text(after, encoding="utf-8")
