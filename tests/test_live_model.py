@@ -578,6 +578,30 @@ def test_the_page_of_a_book_fits(chromium, book, theme, width):
     context.close()
 
 
+AXE = """async (theme) => {
+  document.documentElement.dataset.theme = theme;
+  await new Promise((resume) => setTimeout(resume, 350)); // colours fade
+  const { violations } = await axe.run(document.querySelector(".live-model"));
+  return violations.flatMap(({ id, nodes }) => nodes.map(({ html }) => [id, html]));
+}"""
+
+
+@pytest.mark.slow
+def test_axe_finds_nothing_in_light_and_in_dark(chromium, book):
+    axe = pytest.importorskip("axe_playwright_python.base", reason="needs axe-core")
+    context = chromium.new_context()
+    page = context.new_page()
+    page.goto((book / "book" / "index.html").as_uri())
+    page.evaluate(axe.AXE_SCRIPT)
+    found = [page.evaluate(AXE, theme) for theme in ("light", "dark")]
+    load(page)
+    view(page).locator(".live-merges summary").click()
+    view(page).locator(".live-tokens label").nth(2).click()
+    found += [page.evaluate(AXE, theme) for theme in ("light", "dark")]
+    context.close()
+    assert found == [[], [], [], []]
+
+
 # ---- a checkpoint that the scripts cannot run is refused ----
 
 

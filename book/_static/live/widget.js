@@ -8,7 +8,9 @@
   const LONGEST = 512; // tokens
   const PATIENCE = 250; // milliseconds without a key before the model runs
   const SHADES = 8; // of lines
-  const FAINTEST = 0.02; // weights below draw no line
+  const FAINTEST = 0.02; // weights of the chosen token below draw no line,
+  const FAINTEST_OTHER = 0.1; // and of other tokens
+  const CELLS = 48; // in a row of a head's picture
   const LINE = 22; // pixels from one token of a column to the next
   const GUESSES = 5;
   const MOST_STEPS = 40; // of a merge story
@@ -98,13 +100,20 @@
     if (hidden) box.scrollTop = top - box.clientHeight / 2;
   }
 
-  /** A square of attention weights: a pixel each, the stronger the bluer. */
+  /** A square of attention weights, the stronger the bluer; the strongest of those in one cell. */
   function paint(canvas, weights, length) {
-    const picture = new ImageData(length, length);
-    weights.forEach((weight, i) =>
-      picture.data.set([30, 130, 200, 255 * Math.sqrt(weight)], 4 * i),
-    );
-    Object.assign(canvas, { width: length, height: length });
+    const size = Math.min(length, CELLS);
+    const strongest = new Float32Array(size * size);
+    weights.forEach((weight, at) => {
+      const [i, j] = [Math.floor(at / length), at % length];
+      const cell = Math.floor((i * size) / length) * size + Math.floor((j * size) / length);
+      strongest[cell] = Math.max(strongest[cell], weight);
+    });
+    const picture = new ImageData(size, size);
+    strongest.forEach((weight, cell) => {
+      picture.data.set([30, 130, 200, 255 * Math.sqrt(weight)], 4 * cell);
+    });
+    Object.assign(canvas, { width: size, height: size });
     canvas.getContext("2d").putImageData(picture, 0, 0);
   }
 
@@ -121,7 +130,7 @@
     const marked = draw("g", { class: "live-chosen" });
     weights.forEach((weight, at) => {
       const [i, j] = [Math.floor(at / length), at % length];
-      if (weight < FAINTEST) return;
+      if (weight < (i === chosen ? FAINTEST : FAINTEST_OTHER)) return;
       if (i !== chosen) shades[Math.min(SHADES - 1, Math.floor(weight * SHADES))] += path(i, j);
       else {
         marked.append(draw("path", { d: path(i, j), "stroke-opacity": Math.sqrt(weight) }));
@@ -235,7 +244,8 @@
         if (signal.aborted) return; // another run has taken over
         throw error;
       }
-      const took = `${ids.length} tokens read in ${Math.round(performance.now() - start)} ms`;
+      const seconds = ((performance.now() - start) / 1000).toFixed(2);
+      const took = `${ids.length} tokens read in ${seconds} s`;
       this.say(this.masks.length ? took : `${took}. Insert a [MASK] to have it guessed.`);
       this.root.classList.remove("live-waiting");
       this.showGuesses();
@@ -282,7 +292,8 @@
         });
         const all = visible(Tokenizer.bytes(letters.join("")));
         const merges = letters.length - last.length;
-        story = `“${this.seen(id)}” is of “${all}”: ${letters.length} bytes, ${merges} merges`;
+        const where = last.length > 1 ? `, a part of “${all}”` : "";
+        story = `“${this.seen(id)}”${where}: ${letters.length} bytes, ${merges} merges`;
       }
       const rows = steps.map((parts) => {
         const pieces = parts.map((part) => make("span", {}, visible(Tokenizer.bytes(part))));
