@@ -181,6 +181,7 @@ Under torchrun, several processes train together; another number of them may res
 recipes that come with the package:
   tiny              every part of the paper's recipe, small
   own-text          goes on from mini with text of your own
+  mini              goes on with mini on the text that it was made of
   modernbert-base   the paper's own, to read and to copy from
 
 examples:

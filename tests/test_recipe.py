@@ -1,5 +1,6 @@
 """A recipe says what it means, in TOML and YAML, or is refused with what to change."""
 
+import json
 from dataclasses import asdict
 
 import pytest
@@ -132,6 +133,15 @@ def test_a_recipe_is_taken_to_other_text():
 def test_the_recipe_for_own_text_starts_from_mini():
     recipe = PretrainingConfig.from_file("own-text")
     assert recipe.initialize_from == recipe.tokenizer == "mini" and not recipe.model
+
+
+def test_the_recipe_that_goes_on_with_mini_holds_the_same_documents_out(root):
+    recipe = PretrainingConfig.from_file("mini")
+    first = json.loads((root / "modernbert_mini" / "mini" / "training.json").read_text())["recipe"]
+    assert recipe.initialize_from == recipe.tokenizer == "mini" and not recipe.model
+    for name in ("held_out_percent", "corpora", "max_sequence_length"):
+        assert getattr(recipe, name) == first[name], name
+    assert recipe.seed != first["seed"]
 
 
 def test_a_file_goes_before_a_recipe_of_the_package(tmp_path, monkeypatch):
