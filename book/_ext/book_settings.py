@@ -17,8 +17,10 @@ from modernbert_mini import plots
 ROOT = Path(__file__).resolve().parents[2]
 # The explorer of a chapter, by its label in book/explorers.md and book/live.md.
 EXPLORED = {
+    "notebooks/01_tour": "live-model",
     "notebooks/02_tokenizer": "explore-tokens",
     "notebooks/03_rope": "explore-rope",
+    "notebooks/05_attention": "live-model",
     "notebooks/06_alternating_attention": "explore-window",
     "notebooks/07_unpadding": "explore-padding",
     "notebooks/08_flash_attention": "explore-tiles",
