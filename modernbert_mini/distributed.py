@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -178,7 +179,8 @@ class Group(World):
         """Gloo has no error of its own: it names its source file in the message."""
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             return None
-        return f"Process {self.rank} of {self.size} has lost another one ({error})."
+        cause = re.sub(r"^\[\S+\] |\. This is .*", "", str(error), flags=re.DOTALL)
+        return f"Process {self.rank} of {self.size} has lost another one: {cause}."
 
 
 class Replicated(Group):
