@@ -39,7 +39,7 @@ pdf: $(STAMP)  ## print the book that `make book` built as one PDF (needs Chromi
 
 browser: $(STAMP)  ## open the book that `make book` built in Chromium and test it there
 	$(PIP) -c .ci/constraints.txt -e '.[browser]'
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 tests/test_browser.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 tests/test_browser.py tests/test_live_model.py tests/test_pdf.py
 
 colab: $(STAMP)  ## run the notebooks as Colab does: make colab COLAB='--gpu 08 09' for some
 	PYTHONPATH=tests $(BIN)/python -m tools.colab $(COLAB)

@@ -27,6 +27,42 @@ def reference() -> Path:
     pytest.skip("no reference data here (set MODERNBERT_REFERENCE to the folder that holds it)")
 
 
+@pytest.fixture(scope="session")
+def html(tmp_path_factory) -> Path:
+    """The pages: those that `$MODERNBERT_HTML` names, or those of `make book`, or made anew.
+
+    Those of `make book` serve as long as nothing has changed since that they are made of.
+    """
+    if named := os.environ.get("MODERNBERT_HTML"):
+        return Path(named).resolve()
+    made = ROOT / "_build" / "html"
+    index = made / "book" / "index.html"
+    if index.is_file() and index.stat().st_mtime > max(p.stat().st_mtime for p in _sources()):
+        return made
+    from tools import book
+
+    output = tmp_path_factory.mktemp("book")
+    source = output / "source"
+    book.stage(ROOT, source)
+    book.run(source)
+    book.keep(book.collect(source), source)
+    book.render(source, output)
+    return output / "_build" / "html"
+
+
+def _sources() -> list[Path]:
+    """All that the pages are made of."""
+    patterns = (
+        "book/**/*.*",
+        "notebooks/*.ipynb",
+        "modernbert_mini/**/*.py",
+        "modernbert_mini/mini/*",
+        "_*.yml",
+    )
+    found = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    return [path for path in found if "_generated" not in path.parts]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine cannot run."""
     network = os.environ.get("MODERNBERT_NETWORK") == "1"

@@ -32,34 +32,6 @@ def build(source: Path, output: Path) -> subprocess.CompletedProcess:
     )
 
 
-def sources() -> list[Path]:
-    """All that the pages are made of."""
-    patterns = ("book/**/*.*", "notebooks/*.ipynb", "modernbert_mini/**/*.py", "_*.yml")
-    found = [path for pattern in patterns for path in ROOT.glob(pattern)]
-    return [path for path in found if "_generated" not in path.parts]
-
-
-@pytest.fixture(scope="session")
-def html(tmp_path_factory) -> Path:
-    """The pages: those of `make book`, where nothing has changed since; else made anew."""
-    made = ROOT / "_build" / "html"
-    index = made / "book" / "index.html"
-    if index.is_file() and index.stat().st_mtime > max(p.stat().st_mtime for p in sources()):
-        return made
-    output = tmp_path_factory.mktemp("book")
-    make(ROOT, output / "source", output)
-    return output / "_build" / "html"
-
-
-def make(root: Path, source: Path, output: Path) -> dict[str, dict]:
-    book.stage(root, source)
-    book.run(source)
-    found = book.collect(source)
-    book.keep(found, source)
-    book.render(source, output)
-    return found
-
-
 class Page(HTMLParser):
     """What a page loads, where it links, and its anchors."""
 
@@ -153,6 +125,20 @@ def test_chapters_open_in_colab_and_show_no_badge(html):
         assert address.BADGE_IMAGE not in text
         (card,) = re.findall(r"<div[^>]*><b>Cost</b>.*?</div>", text, re.S)
         assert "not yet measured" not in card
+
+
+def test_launch_and_edit_links_open_the_page_they_stand_on(html, pages):
+    url = address.address(ROOT)
+    for name in contents():
+        (source,) = (s for s in (f"{name}.md", f"{name}.ipynb") if (ROOT / s).is_file())
+        links = pages[html / f"{name}.html"].links
+        opened = [path for link in links if (path := address.opened(url, link))]
+        assert all((ROOT / path).is_file() for path in opened), name
+        assert f"{url}/edit/main/{source}" in links, name
+        launched = [link for link in links if "colab.research.google.com" in link]
+        assert {address.opened(url, link) for link in launched} == (
+            {source} if source.endswith(".ipynb") else set()
+        ), name
 
 
 def test_no_directive_shows_raw(pages):

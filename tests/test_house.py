@@ -314,10 +314,11 @@ def test_continuous_integration_runs_the_two_commands():
     assert read(".ci/run").splitlines() == ["#!/bin/sh", "exec make test"]
     steps = {
         name: str(yaml.safe_load(read(f".github/workflows/{name}.yml"))["jobs"])
-        for name in ("cpu", "gpu", "book", "colab")
+        for name in ("cpu", "gpu", "book", "colab", "browser")
     }
     assert ".ci/run" in steps["cpu"] and "make book" in steps["book"] and "--nbmake" in steps["gpu"]
     assert "tools.colab --torch colab" in steps["colab"]
+    assert "make browser" in steps["browser"] and "make pdf" in steps["browser"]
     for text in steps.values():
         actions = re.findall(r"uses': '([^']+)'", text)
         assert actions and all(re.fullmatch(r"actions/[\w-]+@v\d+", a) for a in actions)

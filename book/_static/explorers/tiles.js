@@ -89,7 +89,12 @@ MB.add("tiles", (box, data) => {
     const left = run().tiles - run().steps.length;
     if (left) said += `${left} of ${run().tiles} tiles lie outside the window and are never loaded. `;
     const onChip = (bottom - tile.top + 1) * (right - tile.left + 1);
-    return said + `On the chip now: ${onChip} of the ${length * length} scores.`;
+    let out = 0;
+    for (let i = tile.top; i <= bottom; i++) {
+      for (let j = tile.left; j <= right; j++) out += hidden(i, j);
+    }
+    said += `On the chip now: ${onChip} of the ${length * length} scores`;
+    return said + (out ? `, ${out} of them outside the window.` : ".");
   }
 
   const values = make("p", { class: "mb-values" }, `Values of keys 0 to ${length - 1}: ${data.values.join(", ")}`);

@@ -75,7 +75,7 @@ MB.add("window", (box, data) => {
   const cost = MB.chart({
     title: "Pairs of a query and a key that all layers score",
     paint(wide) {
-      const all = layers.value * neededPairs(length(), null);
+      const all = allPairs();
       const own = pairs();
       const bar = (y, share, colour, words) => [
         draw("rect", { x: 0, y, width: wide, height: 22, class: "mb-track" }),
@@ -93,6 +93,7 @@ MB.add("window", (box, data) => {
     },
   });
 
+  const allPairs = () => layers.value * neededPairs(length(), null);
   const pairs = () =>
     isGlobal().reduce((sum, global) => sum + neededPairs(length(), global ? null : half()), 0);
 
@@ -105,7 +106,9 @@ MB.add("window", (box, data) => {
       `has looked at ${whole(seen[depth.value])} tokens itself. ` +
       (full < 0
         ? `Through all layers below it, ${whole(seen[0])} of ${whole(length())} tokens can have reached it.`
-        : `From layer ${full} downwards it draws on all ${whole(length())} tokens of the text.`)
+        : `From layer ${full} downwards it draws on all ${whole(length())} tokens of the text.`) +
+      ` Together, the ${layers.value} layers score ${percent(pairs() / allPairs())} of the pairs ` +
+      "that global layers alone would."
     );
   }
 
