@@ -511,7 +511,7 @@ def open_shards(folder: str | os.PathLike) -> list[TokenShard]:
     folder = Path(folder)
     if not (folder / "shards.json").is_file():
         raise CorpusNotFoundError(f"{folder} holds no finished shards: tokenise the corpus first.")
-    about = json.loads((folder / "shards.json").read_text())
+    about = json.loads((folder / "shards.json").read_text("utf-8"))
     return [_open_shard(folder, shard) for shard in about["shards"]]
 
 

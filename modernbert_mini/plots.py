@@ -231,7 +231,7 @@ def _fetched(record: dict) -> str:
 def cost_card(chapter: str) -> CostCard:
     """The measured cost of a chapter, such as "03_rope", from its last recorded run."""
     path = files("modernbert_mini") / "recorded" / "costs.json"
-    costs = json.loads(path.read_text()) if path.is_file() else {}
+    costs = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     return CostCard.of(costs.get(chapter))
 
 

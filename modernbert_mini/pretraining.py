@@ -353,7 +353,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 class StableAdamW(AdamW):
-    """AdamW that takes smaller steps where the gradient is larger than it used to be; chapter 12.
+    """AdamW with smaller steps where the gradient is larger than it used to be; chapter 12.
 
     Adam divides by a slow mean of the squared gradient. When gradients grow suddenly, that mean is
     too small and the step too large. So the rate of each tensor is divided by the root mean square
@@ -649,7 +649,7 @@ def prepare_data(config: PretrainingConfig) -> TrainingData:
     check(not twice, f"two corpora called {twice}", "different names", "Rename a file or folder.")
     if not (folder / "corpora.json").exists():
         _write_data(config, folder)
-    made_with = json.loads((folder / "corpora.json").read_text())["made_with"]
+    made_with = json.loads((folder / "corpora.json").read_text("utf-8"))["made_with"]
     compare(data_settings(config), made_with, folder / "corpora.json")
     return TrainingData(
         tokenizer=Tokenizer.from_pretrained(folder / "tokenizer"),
@@ -1168,9 +1168,10 @@ def describe_run(run: Run, held_out: dict[str, list]) -> dict:
     logits = unigram_logits(shards, repeats, run.model.config.vocab_size)
     baseline = {name: evaluate_unigram(logits, batches) for name, batches in held_out.items()}
     device = run.world.device
+    prepared = json.loads((Path(run.config.folder) / "corpora.json").read_text("utf-8"))
     return {
         "config": asdict(run.config),
-        "corpora": json.loads((Path(run.config.folder) / "corpora.json").read_text())["corpora"],
+        "corpora": prepared["corpora"],
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "machine": {
             "processor": processor_name(),
@@ -1202,7 +1203,7 @@ def origin(initialize_from: str | None) -> dict | None:
 def processor_name() -> str:
     """The processor's own name where Linux tells it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -1338,7 +1339,7 @@ def export(folder: str | PathLike, target: str | PathLike) -> dict:
     from .model_card import write_card
 
     folder = Path(folder)
-    values = json.loads((folder / "recipe.json").read_text()) | {"folder": str(folder)}
+    values = json.loads((folder / "recipe.json").read_text("utf-8")) | {"folder": str(folder)}
     config = PretrainingConfig.from_dict(values)
     training_data = prepare_data(config)
     run = Run(config, training_data, World("cpu"))

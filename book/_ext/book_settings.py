@@ -40,7 +40,7 @@ def settle(app: Sphinx, config: Config) -> None:
 def write_pages(app: Sphinx) -> None:
     """Write what pages include: costs, status, plans for teaching, data of the explorers."""
     recorded = ROOT / "modernbert_mini" / "recorded" / "costs.json"
-    costs = json.loads(recorded.read_text()) if recorded.is_file() else {}
+    costs = json.loads(recorded.read_text("utf-8")) if recorded.is_file() else {}
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     pages = {
         "costs.md": plots.cost_table(costs),

@@ -166,6 +166,7 @@ def surroundings(executable: Path, repository: Path, url: str) -> dict[str, str]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     return kept | {
         "PATH": os.pathsep.join([str(executable.parent), os.environ["PATH"]]),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else a debugger that nobody uses says so
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.{repository.as_uri()}.insteadOf",
         "GIT_CONFIG_VALUE_0": url,
@@ -192,7 +193,8 @@ def kernel(folder: Path, executable: Path) -> str:
     spec = folder / "kernels" / name / "kernel.json"
     spec.parent.mkdir(parents=True, exist_ok=True)
     start = [str(executable), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec.write_text(json.dumps({"argv": start, "display_name": name, "language": "python"}))
+    about = {"argv": start, "display_name": name, "language": "python"}
+    spec.write_text(json.dumps(about), encoding="utf-8")
     os.environ["JUPYTER_PATH"] = str(folder)
     return name
 
@@ -204,7 +206,8 @@ def run(notebook: Path, folder: Path, executable: Path, variables: dict[str, str
         ColabError: where a cell fails, where Colab's packages do not stay as they are, or where
             the package did not come from the repository.
     """
-    pip(executable, "uninstall", "--yes", PACKAGE)
+    if PACKAGE in installed(executable):
+        pip(executable, "uninstall", "--yes", PACKAGE)
     before = installed(executable)
     content = folder / "content" / notebook.stem
     shutil.rmtree(content, ignore_errors=True)

@@ -29,7 +29,7 @@ def cpu() -> str:
     """The processor's name, how many of its cores torch uses, and how many there are."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.is_file() and (line := re.search(r"model name\s*: (.+)", info.read_text())):
+    if info.is_file() and (line := re.search(r"model name\s*: (.+)", info.read_text("utf-8"))):
         name = line[1]
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {torch.get_num_threads()} of {count} cores"
@@ -74,8 +74,8 @@ def scores_table(training: dict) -> str:
 def fill(page: str) -> str:
     """Put the tables between the README's marks."""
     tables = {
-        "costs": plots.cost_table(json.loads(RECORD.read_text())),
-        "scores": scores_table(json.loads(TRAINING.read_text())),
+        "costs": plots.cost_table(json.loads(RECORD.read_text("utf-8"))),
+        "scores": scores_table(json.loads(TRAINING.read_text("utf-8"))),
         "speed": benchmark.speed_table(benchmark.recorded("speed")),
     }
     for name, text in tables.items():
