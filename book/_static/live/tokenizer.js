@@ -26,6 +26,7 @@ const Tokenizer = (() => {
       for (const { content, id } of added_tokens) this.ids.set(content, id);
       this.tokens = [];
       for (const [token, id] of this.ids) this.tokens[id] = token;
+      // A merge is a pair, or in older files the two with a space between.
       this.ranks = new Map(model.merges.map((pair, rank) => [[pair].flat().join(" "), rank]));
       this.added = added_tokens;
       this.template = post_processor.single;
@@ -55,11 +56,11 @@ const Tokenizer = (() => {
       });
     }
 
-    /** Join the pair of neighbours that was learnt first, until none is left that was learnt. */
+    /** Join the pair of neighbours that was learnt first, again and again; `watch` sees each step. */
     merge(letters, watch) {
       const parts = [...letters];
       const rank = (i) =>
-        i >= 0 && i + 1 < parts.length
+        i + 1 < parts.length
           ? (this.ranks.get(`${parts[i]} ${parts[i + 1]}`) ?? Infinity)
           : Infinity;
       const ranks = parts.map((_, i) => rank(i));
@@ -71,7 +72,7 @@ const Tokenizer = (() => {
         ranks.splice(at, 1);
         ranks[at] = rank(at);
         if (at > 0) ranks[at - 1] = rank(at - 1);
-        watch?.(parts, first);
+        watch?.(parts);
       }
     }
 
