@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from sphinx.errors import ExtensionError
 from tools.chapters import ROOT
 
-from modernbert_mini import FillMask, ModernBertForMaskedLM, Tokenizer
+from modernbert_mini import FillMask, ModernBertConfig, ModernBertForMaskedLM, Tokenizer
 from modernbert_mini.sources import Source
 
 STATIC = ROOT / "book" / "_static" / "live"
@@ -58,10 +58,10 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
-def make_site(folder: Path) -> None:
+def make_site(folder: Path, checkpoint: str | Path = "mini") -> None:
     shutil.copytree(STATIC, folder / "live")
     (folder / "live" / "mini").mkdir()
-    for name, text in live_model.scripts(Source("mini")).items():
+    for name, text in live_model.scripts(Source(checkpoint)).items():
         (folder / "live" / "mini" / name).write_text(text, encoding="utf-8")
     views = [(STATIC / name).read_text("utf-8") for name in ("widget.html", "tokens.html")]
     code = [f'<script src="live/{name}"></script>' for name in live_model.CODE]
@@ -259,6 +259,32 @@ def test_predictions_and_attention_are_those_of_python(loaded, model, tokenizer,
     np.testing.assert_allclose(
         probabilities(logits), probabilities(same_logits), atol=CLOSE, rtol=0
     )
+    np.testing.assert_allclose(weights, same_weights, atol=CLOSE, rtol=0)
+
+
+def test_a_model_of_another_size_is_the_same_there_too(chromium, tmp_path, tokenizer):
+    sizes = {"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 4}
+    pattern = {"num_hidden_layers": 5, "global_attn_every_n_layers": 2, "local_attention": 6}
+    special = {f"{role}_token_id": 0 for role in ("pad", "cls", "sep", "bos", "eos")}
+    bases = {"global_rope_theta": 500.0, "local_rope_theta": 50.0, "norm_eps": 1e-3}
+    config = ModernBertConfig(len(tokenizer), **special, **sizes, **pattern, **bases)
+    torch.manual_seed(0)
+    model = ModernBertForMaskedLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for folder in (tmp_path / "other", tmp_path / "site"):
+        folder.mkdir()
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    make_site(tmp_path / "site", tmp_path / "other")
+    ids = tokenizer(SENTENCES["the window's edge"]).input_ids
+    with watched(chromium, (tmp_path / "site" / "index.html").as_uri()) as page:
+        page.evaluate(LOAD)
+        logits, weights = run(page, ids, [0, 5])
+        load(page)
+        assert view(page).locator(".live-heads canvas").count() == 20
+    same_logits, same_weights = expected(model, ids, [0, 5])
+    np.testing.assert_allclose(logits, same_logits, atol=CLOSE_LOGITS, rtol=0)
     np.testing.assert_allclose(weights, same_weights, atol=CLOSE, rtol=0)
 
 
