@@ -579,7 +579,7 @@ class MultipleChoice(Task):
     }
     inputs = ("context", "choices")
     metric = "accuracy"
-    defaults = FineTuningConfig(epochs=0.06, batch_tokens=1024, max_length=64)
+    defaults = FineTuningConfig(epochs=0.09, batch_tokens=1024, max_length=64)
 
     def check(self, row, labelled=True):
         super().check(row, labelled)
@@ -632,7 +632,7 @@ class SentenceEmbedding(Task):
     inputs = ("query", "text")
     metric = "mrr"
     defaults = FineTuningConfig(
-        epochs=0.25, lr=3e-3, layer_decay=0.9, batch_tokens=2048, max_length=48
+        epochs=0.33, lr=3e-3, layer_decay=0.9, batch_tokens=2048, max_length=48
     )
     temperature = 0.05
 

@@ -1,11 +1,13 @@
 """Fine-tuning: what tasks make of rows, what training changes, what transformers makes of it."""
 
+import hashlib
 import json
 import math
 import re
 import sys
 import types
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.resources import files
 
 import pytest
 import torch
@@ -878,3 +880,54 @@ def test_the_embedded_checkpoint_stays_as_it_is(made):
     tokenizer = Tokenizer.from_pretrained("mini")
     fine_tuning.fine_tune(task, model, tokenizer, made[name].train[:8], quick)
     assert path.read_bytes() == before
+
+
+# --- the record -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def record():
+    path = files("modernbert_mini") / "recorded" / "fine_tuning.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_record_has_all_tasks_with_baseline_seeds_and_where_it_comes_from(record):
+    assert list(record) == list(TASKS)
+    for name, found in record.items():
+        task = TASKS[name]
+        assert found["settings"] == asdict(task.defaults), "make tuned"
+        assert found["baseline"]["name"] == task_data.BASELINES[name].name
+        for kind, runs in found["runs"].items():
+            seeds = [run["seed"] for run in runs]
+            assert 0 in seeds and len(seeds) == len(set(seeds)), (name, kind)
+            for scores in [run[part] for run in runs for part in ("scores", "unseen")]:
+                assert 0 < scores[task.metric] < 1
+        assert {"fine-tuned", "frozen"} <= found["runs"].keys()
+        assert all(found[key] for key in ("date", "torch", "cpu", "threads", "weights", "data"))
+
+
+def test_the_record_is_of_the_weights_that_are_shipped(record):
+    weights = (find_folder("mini") / "model.safetensors").read_bytes()
+    assert {found["weights"] for found in record.values()} == {hashlib.sha256(weights).hexdigest()}
+
+
+def test_each_task_took_less_than_a_minute(record):
+    for name, found in record.items():
+        assert found["threads"] == 1
+        for run in found["runs"]["fine-tuned"]:
+            assert run["cpu_seconds"] + run["test_cpu_seconds"] < 60, name
+
+
+def test_moving_the_encoder_pays_in_every_task(record):
+    for name, found in record.items():
+        fine_tuned, frozen = (
+            [run["scores"][found["metric"]] for run in found["runs"][kind]]
+            for kind in ("fine-tuned", "frozen")
+        )
+        assert min(fine_tuned) > max(frozen), name
+
+
+def test_transformers_scored_the_saved_models_the_same(record):
+    for name, found in record.items():
+        both = found["transformers"]
+        assert both["rows"] >= 100 and both["theirs"] == pytest.approx(both["ours"]), name
