@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     ``arguments`` are those of the command line by default.
     """
     options = build_parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a pipe on Windows knows few letters
+            stream.reconfigure(errors="replace")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(f"warning: {message}")
         try:
@@ -326,7 +329,7 @@ def run_fill_mask(options: argparse.Namespace) -> None:
     print(weights, file=sys.stderr if options.json else sys.stdout)
     answers = FillMask(model, tokenizer)(texts, top_k=options.top_k)
     if options.json:
-        print(json.dumps(answers, ensure_ascii=False, indent=2))
+        print(as_json(answers, indent=2))
         return
     for text, answer in zip(texts, [answers] if len(texts) == 1 else answers, strict=True):
         print(f"\n{text}")
@@ -355,7 +358,7 @@ def run_inspect(options: argparse.Namespace) -> None:
             "parameters": parameters,
             "tensors": tensors,
         }
-        print(json.dumps(report, ensure_ascii=False, indent=2))
+        print(as_json(report, indent=2))
         return
     print(f"checkpoint: {describe(source)}")
     print("\nconfig")
@@ -511,9 +514,7 @@ def run_fine_tune(options: argparse.Namespace) -> None:
         torch.manual_seed(seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the head is new is what was asked for
-            model = task.load(
-                options.model, train, revision=source.revision, device=options.device
-            )
+            model = task.load(options.model, train, revision=source.revision, device=options.device)
         with tqdm(unit="step", disable=None, leave=False) as bar:
 
             def progress(step: int, steps: int, loss: float, bar: Any = bar) -> None:
@@ -540,15 +541,13 @@ def run_fine_tune(options: argparse.Namespace) -> None:
         save(task, model, tokenizer, options.output)
         say(f"model: {options.output}")
     for answer in predict(task, model, tokenizer, asked, **cut) if asked else []:
-        print(json.dumps(task.printable(answer), ensure_ascii=False))
+        print(as_json(task.printable(answer)))
 
 
 def run_doctor(options: argparse.Namespace) -> int:
     """Print what is wrong with this machine; return 1 where something has to be mended."""
     from . import doctor
 
-    if hasattr(sys.stdout, "reconfigure"):  # consoles of Windows may know few letters
-        sys.stdout.reconfigure(errors="replace")
     found, about = doctor.examine(), doctor.environment()
     print((doctor.as_json if options.json else doctor.report)(found, about))
     return int(any(finding.level == doctor.FAULT for finding in found))
@@ -668,6 +667,12 @@ def above_zero(text: str) -> float:
     if not number > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON for standard output: letters as they are where it is UTF-8, escaped elsewhere."""
+    utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    return json.dumps(value, ensure_ascii=not utf8, indent=indent)
 
 
 def say(message: str) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import resource
 import subprocess
@@ -78,7 +79,23 @@ def run_process(*arguments) -> subprocess.CompletedProcess:
     )
 
 
+def spoken(encoding: str, *arguments) -> bytes:
+    """What it prints where standard output has this encoding."""
+    command = [sys.executable, "-m", "modernbert_mini", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    return subprocess.run(command, capture_output=True, check=True, env=environment).stdout
+
+
 # --- fill-mask --------------------------------------------------------------------------------
+
+
+def test_a_terminal_that_knows_few_letters_stops_nothing(folder):
+    text = "東京 Δ the cat sat on the [MASK]."
+    asked = ("fill-mask", text, "--model", folder, "--top-k", 1)
+    assert "東京 Δ" in spoken("utf-8", *asked).decode("utf-8")
+    assert "?? ? the cat" in spoken("cp1252", *asked).decode("cp1252")
+    (found,) = json.loads(spoken("cp1252", *asked, "--json"))
+    assert found["sequence"].startswith("東京 Δ")
 
 
 def test_fill_mask_names_the_weights_and_prints_the_answers(run, folder):
