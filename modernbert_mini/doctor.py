@@ -299,8 +299,9 @@ def attention() -> Iterator[Finding]:
             with torch.no_grad():
                 batch = {"input_ids": ids.to(device), "cu_seqlens": ends.to(device)}
                 logits = model(**batch).logits.float().cpu()
-        except (ConfigError, ImportError) as error:
-            yield Finding(f"attention, {name}", NOTE, f"not here: {one_line(error)}")
+        except ConfigError as error:
+            found = f"needs {error.expected}; here: {error.found}"
+            yield Finding(f"attention, {name}", NOTE, found)
             continue
         expected = logits if expected is None else expected
         away = (logits - expected).abs().max().item()

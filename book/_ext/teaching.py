@@ -146,16 +146,20 @@ def exercises(chapter: int) -> list:
 
 
 def chosen(step: Step, notebooks: Path) -> list[Section]:
-    """The sections that a step takes.
+    """The sections that a step takes; those that begin alike are put together.
 
     Raises:
         ValueError: for a beginning with which no section begins.
     """
     there = sections(notebooks / f"{CHAPTERS[step.chapter].notebook}.ipynb")
+    found = []
     for start in step.sections:
-        if not any(section.title.startswith(start) for section in there):
+        alike = [section for section in there if section.title.startswith(start)]
+        if not alike:
             raise ValueError(f"chapter {step.chapter} has no section {start!r}")
-    return [section for section in there if section.title.startswith(step.sections)]
+        names = list(dict.fromkeys(short(section.title) for section in (alike[0], alike[-1])))
+        found.append(Section(" … ".join(names), sum(section.minutes for section in alike)))
+    return found
 
 
 def plan_rows(plan: Plan, notebooks: Path) -> list[tuple[int, int, str]]:
@@ -174,7 +178,7 @@ def plan_rows(plan: Plan, notebooks: Path) -> list[tuple[int, int, str]]:
         chapter = CHAPTERS[part.chapter]
         link = f"[{part.chapter} · {chapter.title}](../notebooks/{chapter.notebook}.ipynb)"
         taken = chosen(part, notebooks)
-        names = ", ".join(f"{short(section.title)} ({section.minutes})" for section in taken)
+        names = ", ".join(f"{section.title} ({section.minutes})" for section in taken)
         add(sum(section.minutes for section in taken), f"{link}: {names}")
         if part.exercises:
             tasks = [EXERCISES[number] for number in part.exercises]
