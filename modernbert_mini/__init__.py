@@ -39,6 +39,7 @@ _MODULES = {
     "cli",
     "config",
     "data",
+    "distributed",
     "doctor",
     "fill_mask",
     "flash_attention",

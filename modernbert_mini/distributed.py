@@ -29,6 +29,10 @@ SILENCE = timedelta(minutes=10)  # of another process, after which it counts as 
 PATIENCE = timedelta(days=7)  # while the first process works alone: a corpus takes its time
 
 
+class LostProcessError(RuntimeError):
+    """Another process of the world is gone."""
+
+
 # --- who takes what -----------------------------------------------------------------------
 
 
@@ -173,10 +177,15 @@ class Group(World):
         return type(number)(total.item())
 
     def wait(self) -> None:
-        dist.barrier(self.patient)
+        try:
+            dist.barrier(self.patient)
+        except RuntimeError as error:
+            raise LostProcessError(self.lost(error) or str(error)) from error
 
     def lost(self, error: Exception) -> str | None:
         """Gloo has no error of its own: it names its source file in the message."""
+        if isinstance(error, LostProcessError):
+            return str(error)
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             return None
         cause = re.sub(r"^\[\S+\] |\. This is .*", "", str(error), flags=re.DOTALL)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp  # before the fork, so that it is imported once
 from torch.distributed.tensor import DTensor
 
-from modernbert_mini import data, distributed, model_card, pretraining
+from modernbert_mini import ConfigError, data, distributed, model_card, pretraining
 
 WORDS = "abcdefghijklmno"
 TEXTS = tuple(" ".join([WORDS[i % 15]] * (5 + i % 23)) for i in range(150))
@@ -121,6 +121,15 @@ def running_away(folder: Path, parallel: str) -> dict:
     return train(folder, parallel)
 
 
+def refused(folder: Path, parallel: str) -> dict:
+    """Begin anew where a run is: the first process sees it, while the others wait for data."""
+    try:
+        pretraining.pretrain(recipe(folder, parallel))
+    except (ConfigError, distributed.LostProcessError) as error:
+        return {"error": str(error)}
+    return {}
+
+
 def measures(folder: Path, parallel: str) -> dict:
     """What a world does with numbers, and how it deals out what is uneven."""
     with distributed.joined("cpu", parallel) as world:
@@ -205,7 +214,9 @@ def main(root: Path) -> dict:
     found["killed"] = together(2, partial(dying, fresh("killed"), "ddp"))
     together(2, partial(train, root / "killed", "ddp"))
     found["nan"] = together(2, partial(running_away, fresh("nan"), "fsdp2"))
+    refusals = together(2, partial(refused, root / "killed", "ddp"))
     curves = {name: curve(root / name) for name in found if name != "nan"}
+    found["refused"] = refusals
     found["measures"] = together(2, partial(measures, root, "ddp"))
     return {"found": found, "curves": curves}
 

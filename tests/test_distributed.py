@@ -138,6 +138,14 @@ def test_no_process_goes_on_where_another_ones_loss_is_no_number(runs):
 
 @forks
 @pytest.mark.slow
+def test_where_the_first_process_gives_up_the_others_do_not_wait(runs):
+    first, second = runs["found"]["refused"]
+    assert "a run in this folder" in first["error"]
+    assert "Process 1 of 2 has lost another one" in second["error"]
+
+
+@forks
+@pytest.mark.slow
 def test_a_world_adds_up_and_takes_turns(runs):
     first, second = runs["found"]["measures"]
     assert first["turns"] == [["a", True], ["c", True], ["e", True]]
