@@ -101,8 +101,9 @@ def test_the_local_repository_holds_the_files_as_they_stand(project, tmp_path):
 
 
 def cheapest(count: int) -> list[Path]:
-    seconds = json.loads(costs.RECORD.read_text("utf-8"))
-    return sorted(NOTEBOOKS, key=lambda path: seconds[path.stem]["seconds"])[:count]
+    recorded = json.loads(costs.RECORD.read_text("utf-8"))
+    measured = [path for path in NOTEBOOKS if path.stem in recorded]
+    return sorted(measured, key=lambda path: recorded[path.stem]["seconds"])[:count]
 
 
 TOY = """\
@@ -135,7 +136,7 @@ def test_two_chapters_run_as_on_colab_and_planted_faults_show(tmp_path):
     executable = colab.environment(tmp_path / "venv", sys.executable, versions, borrow=True)
     here = colab.installed(executable)
     named = {difference.split(":")[0] for difference in colab.differences(here, gpu=False)}
-    assert named <= {"torch", *spared}
+    assert named <= {"torch", "setuptools", *spared}  # newer torch asks for newer setuptools
 
     def play(notebook: Path, repository: Path) -> str:
         variables = colab.surroundings(executable, repository, URL)

@@ -105,9 +105,12 @@ def borrow_torch(folder: Path) -> None:
 
 
 def pip(executable: Path, *arguments: str) -> bool:
-    """Run an environment's pip; whether it succeeded."""
+    """Run an environment's pip; whether it succeeded. What it said is shown where it did not."""
     command = [executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
-    return subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode == 0
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+    return done.returncode == 0
 
 
 def installed(executable: Path) -> dict[str, str]:
