@@ -85,12 +85,7 @@ def packed_mask(cu_seqlens: torch.Tensor, half_window: int | None) -> torch.Tens
 
 
 def packed_sdpa_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    lengths: list[int],
-    dropout: float = 0.0,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, lengths: list[int], dropout: float = 0.0
 ) -> tuple[torch.Tensor, None]:
     """Global attention over a packed stream, one sequence after the other or all at once.
 
@@ -104,12 +99,20 @@ def packed_sdpa_attention(
     """
     if len({*lengths}) == 1:  # sequences of one length stack into a batch
         q, k, v = (x.unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (q, k, v))
-        return sdpa_attention(q, k, v, dropout=dropout)[0].transpose(0, 1).flatten(1, 2), None
+        return end_to_end([sdpa_attention(q, k, v, dropout=dropout)[0]]), None
     # One split and one concatenation: slicing instead would make the backward pass write a
     # gradient of the whole stream for every sequence.
     parts = zip(*(x[None].split(lengths, dim=-2) for x in (q, k, v)), strict=True)
-    out = [sdpa_attention(*qkv, dropout=dropout)[0] for qkv in parts]
-    return torch.cat(out, dim=-2)[0], None
+    return end_to_end([sdpa_attention(*qkv, dropout=dropout)[0] for qkv in parts]), None
+
+
+def end_to_end(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Results (sequences, H, length, D) as one packed stream (H, N, D).
+
+    In memory each token's heads lie side by side, which is how SDPA writes them and how the next
+    layer reads them. So this is one copy at the most, and later none.
+    """
+    return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in parts]).transpose(0, 1)
 
 
 def band_mask(
@@ -145,12 +148,7 @@ def band_mask(
 
 
 def banded_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: torch.Tensor,
-    dropout: float = 0.0,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor, dropout: float = 0.0
 ) -> tuple[torch.Tensor, None]:
     """Local attention over a packed stream, all blocks of all sequences at once.
 
@@ -164,13 +162,24 @@ def banded_attention(
     """
     blocks, _, size, _ = mask.shape
     length = q.shape[-2]
-    fill = blocks * size - length
-    q = F.pad(q, (0, 0, 0, fill)).unflatten(1, (blocks, size))  # (H, blocks, size, D)
-    # Neighbouring blocks share keys: these are overlapping views of one tensor, not copies.
-    k, v = (F.pad(x, (0, 0, size, size + fill)).unfold(1, 3 * size, size) for x in (k, v))
-    q, k, v = q.transpose(0, 1), k.permute(1, 0, 3, 2), v.permute(1, 0, 3, 2)
-    out = sdpa_attention(q, k, v, mask=mask, dropout=dropout)[0]  # (blocks, H, size, D)
-    return out.transpose(0, 1).flatten(1, 2)[:, :length], None
+
+    def alone(block: int, mask: torch.Tensor) -> torch.Tensor:
+        """A block that lacks a neighbour, or part of one: only the keys that are there."""
+        begin, end = block * size, min((block + 1) * size, length)
+        first, last = max(begin - size, 0), min(end + size, length)
+        mask = mask[:, : end - begin, first - begin + size : last - begin + size]
+        inputs = q[None, :, begin:end], k[None, :, first:last], v[None, :, first:last]
+        return sdpa_attention(*inputs, mask=mask, dropout=dropout)[0]  # (1, H, size, D)
+
+    if blocks < 4:
+        return end_to_end([alone(i, mask[i]) for i in range(blocks)]), None
+    # All others go in one call. Neighbours share keys: overlapping views of one tensor, no copies.
+    inner = q[:, size : (blocks - 2) * size].unflatten(1, (-1, size))  # (H, inner, size, D)
+    k_, v_ = (x[:, : (blocks - 1) * size].unfold(1, 3 * size, size) for x in (k, v))
+    inputs = inner.transpose(0, 1), k_.permute(1, 0, 3, 2), v_.permute(1, 0, 3, 2)
+    inner = sdpa_attention(*inputs, mask=mask[1:-2], dropout=dropout)[0]  # (inner, H, size, D)
+    ends = alone(blocks - 2, mask[-2]), alone(blocks - 1, mask[-1])
+    return end_to_end([alone(0, mask[0]), inner, *ends]), None
 
 
 def padded_backends(

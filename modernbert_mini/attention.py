@@ -90,11 +90,7 @@ class Attention(nn.Module):
         self.out_drop = nn.Dropout(dropout)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        attend: Attend,
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Let every token look at the tokens that ``attend`` shows it.
 

@@ -26,6 +26,7 @@ from .rope import inverse_frequencies, rotary_table
 from .unpadding import pad, positions, unpad
 
 IMPLEMENTATIONS = ("auto", "eager", "sdpa", "flash_attention_2", "triton")
+CHUNK = 2048  # tokens that go through a feed-forward block at a time, on a CPU
 KERNELS = ("flash_attention_2", "triton")  # they know packed streams alone
 
 
@@ -47,6 +48,17 @@ class EncoderOutput:
 def unchanged(x):
     """What puts back a batch that was never unpadded."""
     return x
+
+
+def in_chunks(function: Callable, x: torch.Tensor, size: int = CHUNK) -> torch.Tensor:
+    """Apply a function of single tokens to a packed stream (N, C), ``size`` tokens at a time.
+
+    The feed-forward block is several times as wide inside as outside. In chunks that takes little
+    memory, and each chunk finds that of the last one still in the cache. A GPU wants all its
+    work at once, and so do gradients: there the function sees the whole stream.
+    """
+    whole = x.is_cuda or x.dim() > 2 or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return function(x) if whole else torch.cat([function(chunk) for chunk in x.split(size)])
 
 
 def layer_norm(config: ModernBertConfig) -> nn.LayerNorm:
@@ -101,8 +113,11 @@ class EncoderLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Map (..., L, C) to (..., L, C); also the attention weights, where there are any."""
         mixed, weights = self.attn(self.attn_norm(x), cos, sin, attend)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), weights
+        return in_chunks(self.feed_forward, x + mixed), weights
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The second half of the layer: (..., L, C) to (..., L, C), token by token."""
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class ModernBertModel(PretrainedModel):
@@ -182,7 +197,7 @@ class ModernBertModel(PretrainedModel):
         x = self.embeddings(batch["input_ids"], batch["inputs_embeds"])  # (..., L, C)
         attend = self._backends(x, **batch)
         rope = self._rotary_tables(x, batch["position_ids"], batch["cu_seqlens"])
-        hidden_states, attentions = [x], []
+        hidden_states, attentions = [x] if output_hidden_states else [], []
         for layer in self.layers:
             x, weights = self._run(layer, x, *rope[layer.kind], attend[layer.kind])
             if output_hidden_states:

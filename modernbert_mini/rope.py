@@ -79,4 +79,4 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     wide = x.float()
     # rotate_half(wide)·sin: the halves change places, and the sine of the first one its sign.
     signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)  # (..., D)
-    return torch.addcmul(wide * cos, wide.roll(half, dims=-1), signed).to(x.dtype)
+    return (wide * cos).addcmul_(wide.roll(half, dims=-1), signed).to(x.dtype)

@@ -46,7 +46,7 @@ def unpad(x: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor, in
 def pad(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
     """Put a packed stream (N, ...) back into a batch (B, L, ...), with zeros where padding was."""
     padded = x.new_zeros(batch * length, *x.shape[1:])  # (B·L, ...)
-    return padded.index_copy(0, indices, x).unflatten(0, (batch, length))
+    return padded.index_copy_(0, indices, x).unflatten(0, (batch, length))
 
 
 def positions(cu_seqlens: Tensor, num_tokens: int | None = None) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from parity import BASE, VARIANTS, make_batch, make_pair
 
 from modernbert_mini.config import ConfigError, ModernBertConfig
-from modernbert_mini.model import ModernBertModel, initial_std
+from modernbert_mini.model import CHUNK, ModernBertModel, in_chunks, initial_std
 from modernbert_mini.unpadding import join, pack_sequences
 
 LENGTHS = (1, 200, 37, 64, 2, 129)
@@ -271,6 +271,27 @@ def test_traces_to_one_graph_for_any_length(model):
         expected = model(**batch, keep_padded=True).last_hidden_state
         torch.testing.assert_close(compiled(**batch).last_hidden_state, expected)
     assert len(graphs) <= 3, "lengths must be dynamic, not compiled one by one"
+
+
+def test_token_by_token_work_goes_in_chunks_where_nobody_wants_gradients():
+    x, seen = torch.randn(10, 4), []
+
+    def double(part):
+        seen.append(len(part))
+        return 2 * part
+
+    with torch.no_grad():
+        torch.testing.assert_close(in_chunks(double, x, 4), 2 * x)
+        in_chunks(double, x[None], 4)  # a padded batch
+    in_chunks(double, x, 4)  # somebody may want gradients
+    assert seen == [4, 4, 2, 1, 10]
+
+
+def test_a_stream_of_several_chunks_is_encoded_as_with_gradients(model):
+    stream, _ = model.unpadded(**make_batch((CHUNK, 70)))
+    with torch.no_grad():
+        chunked = model(**stream).last_hidden_state
+    torch.testing.assert_close(chunked, model(**stream).last_hidden_state)
 
 
 def test_a_compiled_model_takes_streams_of_all_lengths(model):
