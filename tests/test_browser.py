@@ -177,12 +177,14 @@ ARRIVE = """(anchors) => anchors.filter((anchor) => {
 })"""
 
 
-def test_the_next_button_leads_through_the_whole_book(open_page, html):
-    order = re.findall(r"(?:file|root): (\S+)", (ROOT / "_toc.yml").read_text("utf-8"))
-    page = open_page(order[0])
-    for name in order[1:]:
+def test_the_next_button_leads_through_the_whole_book(open_page, html, paths):
+    page = open_page("book/index")
+    met = [page.url]
+    while page.locator("a.right-next").count():
         page.click("a.right-next")
-        assert page.url == (html / f"{name}.html").as_uri()
+        met.append(page.url)
+        assert len(met) <= len(paths)
+    assert sorted(met) == [path.as_uri() for path in paths if path.parent != html]
 
 
 @contextlib.contextmanager
@@ -269,7 +271,7 @@ def test_dark_mode_is_one_button_and_stays(open_page):
 
 def test_the_landing_page_says_it_all_in_one_screen(open_page):
     page = open_page("book/index", viewport={"width": 1440, "height": 900})
-    for part in ("h1", ".mb-pitch", ".mb-show", "table.mb-map"):
+    for part in ("article h1", ".mb-pitch", ".mb-show", "table.mb-map"):
         box = page.locator(part).first.bounding_box()
         assert box["y"] >= 0 and box["y"] + box["height"] <= 900, part
     cards = page.locator(".mb-map tbody tr")
@@ -410,8 +412,8 @@ def test_the_reach_is_what_masks_let_through(explorers, half_window, place):
 
 # The standard's levels A and AA. The second run looks again at what the theme changes: colours.
 RULES = {
-    "light": {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]},
-    "dark": {"runOnly": {"type": "rule", "values": ["color-contrast", "link-in-text-block"]}},
+    "light": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"],
+    "dark": {"type": "rule", "values": ["color-contrast", "link-in-text-block"]},
 }
 
 # The colours of code hang on the kind of a word alone: one word of each kind is enough, and
@@ -435,7 +437,8 @@ def violations(page: sync_api.Page, theme: str) -> list[list[str]]:
     """What axe-core finds on a page: the rule, where, and the element."""
     page.evaluate("async () => { await window.MathJax?.startup?.promise }")
     page.evaluate(axe.AXE_SCRIPT)
-    return page.evaluate(RUN, [RULES[theme], theme])
+    # Nothing is to be loaded a second time: a page from a disk may not.
+    return page.evaluate(RUN, [{"runOnly": RULES[theme], "preload": False}, theme])
 
 
 @pytest.mark.parametrize("theme", RULES)
@@ -490,7 +493,7 @@ def lab(tmp_path):
     log = (tmp_path / "log").open("w")
     server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
-    for _ in range(600):
+    for _ in range(3000):
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api"):
             break
         assert server.poll() is None, (tmp_path / "log").read_text()
@@ -510,7 +513,7 @@ ANSWER = (
 
 def test_a_learner_runs_chapter_1_and_solves_an_exercise(chromium, lab):
     page = chromium.new_page(viewport=LAPTOP)
-    page.set_default_timeout(120_000)
+    page.set_default_timeout(400_000)
     page.goto(f"{lab}/lab/tree/01_tour.ipynb")
     idle = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
     page.wait_for_selector(idle)

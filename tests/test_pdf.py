@@ -34,7 +34,6 @@ def html(tmp_path):
         path = tmp_path / "html" / f"{name}.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(PAGE.format(title=title, name=path.stem, body=body), encoding="utf-8")
-    (tmp_path / "html" / "index.html").write_text("")
     (tmp_path / "_toc.yml").write_text(TOC)
     return tmp_path / "html"
 
@@ -48,7 +47,7 @@ def document(html):
 
 def test_each_page_stands_once_and_in_order(document):
     assert [h.get_text() for h in document.select(".page h1")] == ["The book", "One", "Two"]
-    assert not document.select("nav:not(.contents), .headerlink, .live-model")
+    assert not document.select("nav:not(.book-contents), .headerlink, .live-model")
     assert document.select_one("details").has_attr("open")
 
 
@@ -77,18 +76,17 @@ def test_files_are_found_from_the_root_of_the_pages(document):
 
 
 def test_the_contents_name_parts_pages_and_numbers(document):
-    lines = [line.get_text(" ") for line in document.select(".contents li, .contents p")]
+    lines = [line.get_text(" ") for line in document.select(".book-contents li, .book-contents p")]
     assert lines == ["The book", "All", "One 7", "Two"]
     assert "Version 1" in document.select_one("header").get_text()
 
 
-def test_what_is_missing_is_said(tmp_path, monkeypatch):
-    with pytest.raises(pdf.PdfError, match="run `make book` first"):
+def test_what_is_missing_is_said(html, tmp_path, monkeypatch):
+    with pytest.raises(pdf.PdfError, match="book/index.html is not there; run `make book` first"):
         pdf.make(tmp_path, tmp_path / "_toc.yml", tmp_path / "x.pdf", "")
-    (tmp_path / "index.html").write_text("")
     monkeypatch.setattr(pdf, "chromium", lambda: None)
     with pytest.raises(pdf.PdfError, match="Chromium is not installed"):
-        pdf.make(tmp_path, tmp_path / "_toc.yml", tmp_path / "x.pdf", "")
+        pdf.make(html, tmp_path / "_toc.yml", tmp_path / "x.pdf", "")
 
 
 def test_a_printed_book_has_bookmarks_links_and_the_right_numbers(html, tmp_path):

@@ -123,7 +123,7 @@ class Printed:
 
     def document(self, pages: dict[str, int], about: str) -> str:
         """The document, in which the contents tell these page numbers."""
-        lines = [f"<p class='about'>{about}</p><nav class='contents'>"]
+        lines = [f"<p class='about'>{about}</p><nav class='book-contents'>"]
         for caption, names in self.parts:
             lines.append(f"<p>{caption}</p><ul>" if caption else "<ul>")
             for name in names:
@@ -162,8 +162,10 @@ def make(html: Path, toc: Path, output: Path, about: str) -> int:
     Raises:
         PdfError: where there is no book, no Chromium, or no driver for it.
     """
-    if not (html / "index.html").is_file():
-        raise PdfError("there are no pages to print; run `make book` first")
+    parts = contents(toc)
+    for name in (name for _, names in parts for name in names):
+        if not (html / f"{name}.html").is_file():
+            raise PdfError(f"{name}.html is not there; run `make book` first")
     if not chromium():
         raise PdfError("Chromium is not installed (Debian: apt-get install chromium)")
     try:
@@ -171,7 +173,7 @@ def make(html: Path, toc: Path, output: Path, about: str) -> int:
         from pypdf import PdfReader
     except ImportError as error:
         raise PdfError(f"{error.name} is missing: pip install -e '.[browser]'") from error
-    printed, draft = Printed(html, contents(toc)), html / "_print.html"
+    printed, draft = Printed(html, parts), html / "_print.html"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"]

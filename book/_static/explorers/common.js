@@ -78,12 +78,14 @@ const MB = (() => {
     return make("fieldset", { class: kind }, make("legend", {}, label), ...buttons);
   }
 
-  // A button that moves things on by itself; none where the reader wants no motion.
-  function player({ label, step, every }) {
+  // A button that moves things on by itself; none where the reader wants no motion. What it
+  // changes is read aloud only once it rests.
+  function player({ label, step, every, told }) {
     let timer = null;
     const button = make("button", { type: "button", class: "mb-button" });
     const show = () => {
       button.textContent = timer ? "Pause" : label;
+      told.setAttribute("aria-live", timer ? "off" : "polite");
     };
     function stop() {
       clearInterval(timer);

@@ -191,7 +191,7 @@ MB.add("rope", (box, data) => {
     },
   });
   const play = MB.player({
-    label: "Walk along the text", every: 60,
+    label: "Walk along the text", every: 60, told,
     step() {
       position.value = (position.value + 1) % data.context;
       redraw();

@@ -123,7 +123,7 @@ MB.add("tiles", (box, data) => {
   }
 
   const button = (name, by) => make("button", { type: "button", class: "mb-button", click: () => go(by) }, name);
-  const play = MB.player({ label: "Play", every: 1100, step: () => go(1) });
+  const play = MB.player({ label: "Play", every: 1100, told, step: () => go(1) });
   const sizes = (list) => list.map((n) => [String(n), String(n)]);
   const local = Object.keys(data.runs).map((key) => key.split("×")[2]).find((w) => w !== "none");
   box.append(
