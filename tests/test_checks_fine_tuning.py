@@ -253,16 +253,16 @@ def untransposed(self, x):
 
 
 class Remembers:
-    """Right the first time."""
+    """Right the first times."""
 
     __name__ = "remembers"
 
-    def __init__(self):
-        self.calls = 0
+    def __init__(self, right):
+        self.calls, self.right = 0, right
 
     def __call__(self, head, x):
         self.calls += 1
-        return own_head(head, x) * (1 if self.calls == 1 else 2)
+        return own_head(head, x) * (1 if self.calls <= self.right else 2)
 
 
 MISTAKES = {
@@ -366,13 +366,15 @@ def test_no_two_mistakes_get_the_same_hint(name):
     assert len(set(messages)) == len(messages)
 
 
-def test_a_head_that_remembers_is_caught_by_the_model():
-    result = check("own_head")(Remembers())
-    assert not result.passed and "wrong in the model" in result.message
+@pytest.mark.parametrize(("right", "said"), [(1, "wrong in the model"), (2, "wrong in `mini`")])
+def test_a_head_that_remembers_is_caught_by_the_models(right, said):
+    result = check("own_head")(Remembers(right))
+    assert not result.passed and said in result.message
 
 
 def test_checks_leave_the_random_state_alone():
     checks.fine_tuning._classifier.cache_clear()
+    checks.fine_tuning._mini.cache_clear()
     state = torch.random.get_rng_state()
     for name, solution in SOLUTIONS.items():
         check(name)(solution)

@@ -9,7 +9,12 @@ from torch.nn import functional as F
 from modernbert_mini import fine_tuning
 from modernbert_mini.checks._machinery import exercise, expect, expect_close, expect_tensor
 from modernbert_mini.config import ModernBertConfig
-from modernbert_mini.heads import ModernBertForSequenceClassification, PredictionHead
+from modernbert_mini.heads import (
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+    PredictionHead,
+)
+from modernbert_mini.tokenizer import Tokenizer
 from modernbert_mini.transplant import swap
 
 IGNORED = fine_tuning.IGNORED
@@ -272,6 +277,14 @@ def _classifier():
         return model, torch.randint(3, 50, (4, 7))
 
 
+@cache
+def _mini():
+    """The embedded masked language model, which shares the head, and a text for it."""
+    model = ModernBertForMaskedLM.from_pretrained("mini").eval()
+    text = "A violin is a [MASK] string instrument."
+    return model, Tokenizer.from_pretrained("mini")(text, return_tensors="pt")["input_ids"]
+
+
 @exercise("13.5", "Your own head", difficulty=3, minutes=15)
 @torch.no_grad()
 def own_head(answer):
@@ -307,4 +320,14 @@ def own_head(answer):
     before = model(ids).logits
     after = swap(model, "head", answer)(ids).logits
     expect_close(after, before, [], "Right alone, wrong in the model. Does it keep state?")
-    return "Swapped in, the logits stay as they were."
+    mini, ids = _mini()
+    before = mini(ids).logits
+    after = swap(mini, "head", answer)(ids).logits  # here each token has a vector: (1, L, C)
+    expect_close(
+        after,
+        before,
+        [],
+        "Right in a classifier, wrong in `mini`, where the head works on every token. Does your "
+        "head take a text for granted where a vector is all it gets?",
+    )
+    return "Swapped into a classifier and into `mini`, the logits stay as they were."
