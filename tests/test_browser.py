@@ -181,7 +181,8 @@ def test_the_next_button_leads_through_the_whole_book(open_page, html, paths):
     page = open_page("book/index")
     met = [page.url]
     while page.locator("a.right-next").count():
-        page.click("a.right-next")
+        with page.expect_navigation():
+            page.click("a.right-next")
         met.append(page.url)
         assert len(met) <= len(paths)
     assert sorted(met) == [path.as_uri() for path in paths if path.parent != html]
@@ -215,8 +216,8 @@ def test_a_search_by_keyboard_finds_the_chapter(chromium, html):
             "#search-results li a", "found => found.map(a => a.href)"
         )
         assert any("03_rope" in link for link in results)
-        page.click("#search-results li a[href*='03_rope']")
-        page.wait_for_load_state()
+        with page.expect_navigation():
+            page.click("#search-results li a[href*='03_rope']")
         assert "Rotary position embeddings" in page.title()
         page.close()
         assert not told
@@ -264,8 +265,8 @@ def test_dark_mode_is_one_button_and_stays(open_page):
         if background(page) < 60:
             break
     assert background(page) < 60
-    page.click("a.right-next")
-    page.wait_for_load_state()
+    with page.expect_navigation():
+        page.click("a.right-next")
     assert background(page) < 60
 
 
@@ -278,8 +279,8 @@ def test_the_landing_page_says_it_all_in_one_screen(open_page):
     assert cards.count() == 16
     first = cards.first.locator("a")
     first.focus()
-    page.keyboard.press("Enter")
-    page.wait_for_load_state()
+    with page.expect_navigation():
+        page.keyboard.press("Enter")
     assert page.url.endswith("notebooks/01_tour.html")
 
 
@@ -470,6 +471,25 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
+def ask(address: str) -> dict | list | None:
+    """What a server answers, None where it does not."""
+    with contextlib.suppress(OSError), urllib.request.urlopen(address) as answer:
+        return json.load(answer)
+
+
+def wait_until(is_so, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+def has_kernel(address: str) -> bool:
+    """Whether a JupyterLab has a kernel that listens to it, and has nothing to do."""
+    kernels = ask(f"{address}/api/kernels") or []
+    return any(k["execution_state"] == "idle" and k["connections"] for k in kernels)
+
+
 @pytest.fixture
 def lab(tmp_path):
     """The address of a JupyterLab over a folder that holds chapter 1 and nothing else."""
@@ -493,11 +513,8 @@ def lab(tmp_path):
     log = (tmp_path / "log").open("w")
     server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
-    for _ in range(3000):
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api"):
-            break
-        assert server.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.1)
+    wait_until(lambda: server.poll() is not None or ask(f"{address}/api"))
+    assert server.poll() is None, (tmp_path / "log").read_text()
     yield address
     server.terminate()
     server.wait(20)
@@ -515,14 +532,14 @@ def test_a_learner_runs_chapter_1_and_solves_an_exercise(chromium, lab):
     page = chromium.new_page(viewport=LAPTOP)
     page.set_default_timeout(400_000)
     page.goto(f"{lab}/lab/tree/01_tour.ipynb")
-    idle = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
-    page.wait_for_selector(idle)
+    page.wait_for_selector(".jp-CodeCell")
+    wait_until(lambda: has_kernel(lab))
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.click('[data-command="runmenu:run-all"]')
     stub = page.locator(".jp-CodeCell", has_text="def count_pairs(length, half_window):").first
     check = page.locator(".jp-CodeCell", has_text=re.compile(r"count_pairs\(count_pairs\)")).first
     check.get_by_text("to do").wait_for()
-    page.wait_for_selector(idle)
+    wait_until(lambda: has_kernel(lab))
     assert not page.locator(".jp-RenderedText[data-mime-type*=stderr]").count()
     stub.locator(".cm-content").click()
     page.keyboard.press("Control+a")
