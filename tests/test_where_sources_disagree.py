@@ -6,6 +6,7 @@ as well: a row that nobody could tell from its neighbour would not be worth its 
 """
 
 import ast
+import itertools
 import json
 import math
 import re
@@ -531,6 +532,80 @@ def test_pytorch_multiplies_the_decay_by_the_learning_rate():
     # Fully decoupled, at the peak of the schedule: 1 − 0.1.
     close(decayed["params"][0], before[0] * (1 - 0.5 * 0.1), atol=1e-7)
     assert torch.equal(spared["params"][0], before[1])
+
+
+def test_the_rate_falls_to_zero_and_theirs_to_a_thousandth():
+    def ours(share):  # of the way through the fall
+        return pretraining.warmup_stable_decay(share * 50, warmup=0, decay=50, total=50)
+
+    def original(share, end=0.001):
+        return max(end, end + (1 - end) * (1 - math.sqrt(share)))
+
+    assert (ours(1), original(1)) == (0, 0.001)
+    for share in (0.01, 0.3, 0.9):
+        assert abs(ours(share) - original(share)) <= 0.001
+    steps = {"num_warmup_steps": 0, "num_stable_steps": 0, "num_decay_steps": 50}
+    for more, expected in (
+        ({}, (1 + math.cos(math.pi * 0.3)) / 2),
+        ({"decay_type": "1-sqrt"}, ours(0.3)),
+    ):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        theirs = transformers.get_wsd_schedule(optimizer, **steps, **more).lr_lambdas[0]
+        assert theirs(15) == pytest.approx(expected) and theirs(50) == 0
+
+
+def test_a_batch_grows_in_fewer_and_larger_steps():
+    first, full, tokens = 96, 576, 900_000  # sequences of one token, for one process
+
+    sizes = range(first, full)
+    whole = sum(sizes)
+    thresholds = [tokens * part / whole for part in itertools.accumulate(sizes)]
+
+    def original(seen):
+        return next((s for s, t in zip(sizes, thresholds, strict=True) if seen < t), full)
+
+    def count(size_after):
+        steps, seen = {}, 0
+        while seen < tokens:
+            size = size_after(seen)
+            steps[size] = steps.get(size, 0) + 1
+            seen += size
+        return steps
+
+    ours = count(lambda seen: pretraining.batch_size(seen, start=first, full=full, warmup=tokens))
+    theirs = count(original)
+    assert [*ours] == [96, 192, 288, 384, 480] and [*theirs] == [*range(96, 576)]
+    for steps in (ours, theirs):
+        assert max(steps.values()) - min(steps.values()) <= 1
+
+
+def test_tiling_row_by_row_is_head_by_head_from_base_to_large():
+    def whole_heads(new, old, head_dim):
+        """Where each row comes from, if heads are tiled: as rows of the small matrix."""
+        heads = pretraining.wrap(new // head_dim, old // head_dim) * head_dim
+        return (heads[:, None] + torch.arange(head_dim)).flatten()
+
+    assert torch.equal(pretraining.wrap(1024, 768), whole_heads(1024, 768, 64))
+    # 192 to 256 with heads of 64: 32 rows, half a head, would stand before the first.
+    rows = pretraining.wrap(256, 192)
+    assert rows[:64].tolist() == [*range(160, 192), *range(32)]
+    small, large = (
+        heads.ModernBertForMaskedLM(
+            ModernBertConfig(
+                vocab_size=11,
+                hidden_size=size,
+                num_attention_heads=size // 64,
+                num_hidden_layers=1,
+                intermediate_size=8,
+                pad_token_id=0,
+            )
+        )
+        for size in (192, 256)
+    )
+    pretraining.tile(small, large)
+    found, source = (m.model.layers[0].attn.Wqkv.weight for m in (large, small))
+    columns = pretraining.wrap(256, 192)
+    assert torch.equal(found[:256], source[whole_heads(256, 192, 64)][:, columns])
 
 
 # ---- tokenizer and configs

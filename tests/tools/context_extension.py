@@ -2,18 +2,19 @@
 
     python tests/tools/context_extension.py
 
-Trains a small model on pieces of 128 tokens, as the first phase of the paper's recipe, and then
-goes on from the same checkpoint in three ways: with pieces of 1,024 and a larger base of the global
-layers, with such pieces and the old base, and, for comparison, with short pieces still. Scores each
-on the same held-out text, cut to several lengths, and by position. Writes
-`modernbert_mini/recorded/context_extension.json`: half an hour on one core.
+`mini` was trained on short pieces. Here it goes on with long ones, as in the second phase of the
+paper's recipe: with a larger base of the global layers, with the base that it has, and, for
+comparison, on short pieces still. The text is docstrings of three packages, a document for each
+file, which `mini` has not read. Scores each model on the same held-out text, cut short and long,
+and by position. Writes `modernbert_mini/recorded/context_extension.json`: a few minutes on one
+core.
 """
 
 import itertools
 import json
-import shutil
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -26,123 +27,113 @@ from modernbert_mini.unpadding import join
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "modernbert_mini" / "recorded" / "context_extension.json"
-SHORT, LONG = 128, 1024
-LENGTHS = (128, 256, 512, 1024)
-DRAWS = 8  # of the masks, over which scores are averaged
-FIRST = {
-    "training_tokens": 3_000_000,
+PACKAGES = ("numpy", "torch", "matplotlib")
+SHORT, LONG, BIN = 256, 1024, 128
+LENGTHS = (SHORT, LONG)
+PIECES = 40  # of the longest, to score on
+TIMES = 16  # how much larger the base becomes, as from 10,000 to 160,000
+RECIPE = {
+    "initialize_from": "mini",
+    "tokenizer": "mini",
+    "held_out_percent": 20,
+    "held_out_tokens": 4096,
+    "training_tokens": 160_000,
     "max_sequence_length": SHORT,
     "batch_tokens": 8192,
     "microbatch_tokens": 4096,
-    "learning_rate": 5e-3,
-    "warmup_tokens": 100_000,
+    "learning_rate": 1e-3,
+    "warmup_tokens": 16_384,
+    "decay_tokens": 80_000,
+    "log_every": 5,
+    "evaluate_every": 1000,
+    "checkpoint_every": 1000,
 }
-SECOND = FIRST | {
-    "training_tokens": 800_000,
-    "learning_rate": 2e-3,
-    "warmup_tokens": 0,
-    "decay_tokens": 400_000,
-}
-WAYS = {
-    "larger base, long pieces": {"max_sequence_length": LONG, "global_rope_theta": 160_000},
-    "old base, long pieces": {"max_sequence_length": LONG},
-    "old base, short pieces": {},
-}
-RECIPE = PretrainingConfig(
-    folder="",
-    corpora={"python-docs": 1},
-    vocab_size=4096,
-    held_out_percent=20,
-    model={
-        "num_hidden_layers": 4,
-        "hidden_size": 128,
-        "intermediate_size": 192,
-        "num_attention_heads": 4,
-        "local_attention": 32,
-        "max_position_embeddings": LONG,
-        "global_rope_theta": 10_000,
-    },
-    evaluate_every=100,
-    checkpoint_every=100,
-    phases=[FIRST],
-)
 
 
-def corpus(name: str, config: PretrainingConfig) -> data.Corpus:
-    """Python's documentation in long documents: a page, or a module's docstrings together."""
-    return data.python_docs(words_per_document=5000)
+def write_text(folder: Path) -> Path:
+    """One document for each file of the packages that has enough to say."""
+    path = folder / "docstrings.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for package in PACKAGES:
+            root = Path(metadata.distribution(package).locate_file(package))
+            for source in sorted(root.rglob("*.py")):
+                text = "\n\n".join(data._docstrings(source))
+                if len(text) > 6000 and "test" not in source.relative_to(root).as_posix():
+                    file.write(json.dumps({"text": text}) + "\n")
+    return path
 
 
 def pieces(run: pretraining.Run, length: int) -> list[torch.Tensor]:
-    """Held-out documents of at least ``LONG`` tokens, cut to pieces of one length."""
-    cls, sep = run.data.tokenizer.cls_token_id, run.data.tokenizer.sep_token_id
-    room, cut = length - 2, []
-    for shard in itertools.chain.from_iterable(run.data.held_out.values()):
-        for ids in shard:
-            # The same text at every length: whole multiples of the longest piece's.
-            text = torch.from_numpy(np.asarray(ids, dtype=np.int64))
-            text = text[: len(text) // (LONG - 2) * (LONG - 2)]
-            cut += [
-                torch.cat((torch.tensor([cls]), part, torch.tensor([sep])))
-                for part in text.split(room)
-                if len(part)
-            ]
-    return cut
+    """The same held-out text, cut to pieces of one length."""
+    tokenizer, text = run.data.tokenizer, []
+    for ids in itertools.chain.from_iterable(itertools.chain(*run.data.held_out.values())):
+        whole = torch.from_numpy(np.asarray(ids, dtype=np.int64)).split(LONG - 2)
+        text += [part for part in whole if len(part) == LONG - 2]
+    text = text[:: max(1, len(text) // PIECES)][:PIECES]
+    ends = [torch.tensor([i]) for i in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
+    parts = itertools.chain.from_iterable(part.split(length - 2) for part in text)
+    return [torch.cat((ends[0], part, ends[1])) for part in parts]
 
 
 @torch.no_grad()
-def losses(run: pretraining.Run, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and losses of all hidden tokens of the held-out pieces of one length."""
+def losses(run: pretraining.Run, length: int) -> np.ndarray:
+    """Position and loss of each hidden token in the held-out pieces of one length: (2, M)."""
     model, found = run.model.eval(), []
-    collate = pretraining.MaskingCollator(run.data.tokenizer, 0.15, 1.0, 0.0, seed=length)
-    for _ in range(DRAWS):
-        for piece in pieces(run, length):
-            batch = collate(join([piece]))
-            places = (batch["labels"] >= 0).nonzero()[:, 0]
-            if len(places):
-                loss = F.cross_entropy(model(**batch).logits, piece[places], reduction="none")
-                found.append(torch.stack((places.float(), loss)))
+    collate = pretraining.MaskingCollator(run.data.tokenizer, 0.15, 1.0, 0.0, seed=0)
+    for piece in pieces(run, length):
+        batch = collate(join([piece]))
+        places = (batch["labels"] >= 0).nonzero()[:, 0]
+        if len(places):
+            loss = F.cross_entropy(model(**batch).logits, piece[places], reduction="none")
+            found.append(torch.stack((places.float(), loss)))
     model.train()
-    return tuple(torch.cat(found, dim=1).numpy())
+    return torch.cat(found, dim=1).numpy()
 
 
 def score(run: pretraining.Run) -> dict:
     """Mean loss by length of the pieces, and by position in the longest ones."""
     by_length = {n: losses(run, n) for n in LENGTHS}
     places, loss = by_length[LONG]
-    bins = (places // SHORT).astype(int)
+    bins = (places // BIN).astype(int)
     return {
-        "global_rope_theta": run.model.config.global_rope_theta,
+        "global_rope_theta": run.model.config.rope_parameters["full_attention"]["rope_theta"],
         "tokens": run.tokens,
-        "by_length": {n: round(float(x.mean()), 4) for n, (_, x) in by_length.items()},
-        "hidden_tokens": {n: len(x) for n, (_, x) in by_length.items()},
-        "by_position": [round(float(loss[bins == b].mean()), 4) for b in range(LONG // SHORT)],
+        "by_length": {n: round(float(x[1].mean()), 4) for n, x in by_length.items()},
+        "hidden_tokens": {n: x.shape[1] for n, x in by_length.items()},
+        "by_position": [round(float(loss[bins == b].mean()), 4) for b in range(LONG // BIN)],
     }
 
 
 def main() -> None:
-    """Train the first phase once and the second in each way, and write the record."""
-    pretraining.load_corpus = corpus
+    """Score what `mini` starts with, train in each way, score again, and write the record."""
     with tempfile.TemporaryDirectory() as place:
-        first = replace(RECIPE, folder=str(Path(place) / "first"))
-        run = pretraining.pretrain(first)
-        found = {"after the first phase": score(run)}
-        run.model.config.rope_parameters["full_attention"]["rope_theta"] = 160_000
-        run.model.config.global_rope_theta = 160_000
+        text = write_text(Path(place))
+        base = PretrainingConfig(
+            folder=str(Path(place) / "start"), corpora={str(text): 1}, **RECIPE
+        )
+        Path(base.folder).mkdir()
+        run = pretraining.Run(base, pretraining.prepare_data(base))
+        theta = run.model.config.rope_parameters["full_attention"]["rope_theta"]
+        found = {"as it ships": score(run)}
+        run.model.config.rope_parameters["full_attention"]["rope_theta"] = TIMES * theta
         found["larger base, no training"] = score(run)
-        for number, (name, changes) in enumerate(WAYS.items()):
-            folder = Path(place) / str(number)
-            shutil.copytree(first.folder, folder)
-            phases = [FIRST, SECOND | changes]
-            config = replace(first, folder=str(folder), phases=phases)
-            found[name] = score(pretraining.pretrain(config, resume=True))
+        long = {"max_sequence_length": LONG}
+        ways = {
+            "larger base, long pieces": long | {"global_rope_theta": TIMES * theta},
+            "its own base, long pieces": long,
+            "its own base, short pieces": {},
+        }
+        for number, (name, changes) in enumerate(ways.items()):
+            config = replace(base, folder=str(Path(place) / str(number)), **changes)
+            found[name] = score(pretraining.pretrain(config))
             print(name, found[name]["by_length"], flush=True)
-        start = next(e for e in pretraining.read_log(first.folder) if e["event"] == "start")
-    recipe = {k: v for k, v in asdict(RECIPE).items() if not k.endswith("folder")}
+        start = next(e for e in pretraining.read_log(config.folder) if e["event"] == "start")
     record = {
-        "what": "held-out loss (nats per hidden token), 15 % hidden, mean over 8 draws of masks",
-        "recipe": recipe | {"phases": [FIRST, SECOND]},
-        "ways": WAYS,
+        "what": "held-out loss (nats per hidden token), 15 % hidden",
+        "recipe": RECIPE,
+        "ways": ways,
+        "bin": BIN,
+        "packages": {name: metadata.version(name) for name in PACKAGES},
         "parameters": start["parameters"],
         "corpora": start["corpora"],
         "machine": start["machine"],
