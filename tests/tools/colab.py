@@ -33,7 +33,12 @@ from .chapters import NOTEBOOKS, ROOT, tagged
 PINS = ROOT / ".ci" / "colab.txt"
 GPU_ONLY = {"triton"}  # what Colab has only where there is a GPU
 PACKAGE = "modernbert-mini"
-LIMIT = 300  # seconds that one cell may take
+LIMIT = 600  # seconds that one cell may take, also where the machine has much else to do
+STOPS = (
+    nbclient.exceptions.CellExecutionError,
+    nbclient.exceptions.CellTimeoutError,
+    nbclient.exceptions.DeadKernelError,
+)
 # Runs last, in the kernel: where the package came from, and which IPython ran the cells.
 WITNESS = """\
 import json as _json, sys as _sys
@@ -68,18 +73,21 @@ def wanted(torch: str = "auto", gpu: bool = False) -> dict[str, str]:
     return versions
 
 
-def environment(folder: Path, python: str, versions: dict[str, str], borrow: bool) -> Path:
-    """Make an environment with these versions; return its Python.
+def environment(
+    folder: Path, python: str, versions: dict[str, str], borrow: bool
+) -> tuple[Path, dict[str, str]]:
+    """Make an environment with these versions; return its Python and all that it holds.
 
     What pip does not have in that version for this Python is taken in another.
 
     Args:
         borrow: whether to use the torch of this environment in place of a copy of its own.
     """
-    asked = "\n".join([python, str(borrow), *(f"{n}=={v}" for n, v in versions.items())])
-    stamp, executable = folder / "asked.txt", folder / "bin" / "python"
-    if stamp.is_file() and stamp.read_text("utf-8") == asked:
-        return executable
+    asked = {"python": python, "borrow": borrow, "versions": versions}
+    stamp, executable = folder / "made.json", folder / "bin" / "python"
+    made = json.loads(stamp.read_text("utf-8")) if stamp.is_file() else {}
+    if made.get("asked") == asked:
+        return executable, made["installed"]
     subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
     if borrow:
         borrow_torch(folder)
@@ -90,8 +98,9 @@ def environment(folder: Path, python: str, versions: dict[str, str], borrow: boo
         for name, pin in rest.items():
             if not pip(executable, "install", pin) and not pip(executable, "install", name):
                 raise ColabError(f"pip cannot install {name} in any version")
-    stamp.write_text(asked, encoding="utf-8")
-    return executable
+    made = {"asked": asked, "installed": installed(executable)}
+    stamp.write_text(json.dumps(made), encoding="utf-8")
+    return executable, made["installed"]
 
 
 def borrow_torch(folder: Path) -> None:
@@ -130,12 +139,11 @@ def differences(here: dict[str, str], gpu: bool) -> list[str]:
 
 
 def changes(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    """What an installation did to packages, its own one apart, a line each."""
-    names = sorted((before.keys() | after.keys()) - {PACKAGE})
+    """What became of the packages that were there before, a line for each that is not the same."""
     return [
-        f"{name}: {before.get(name, 'absent')} before, {after.get(name, 'absent')} after"
-        for name in names
-        if before.get(name) != after.get(name)
+        f"{name}: {number} before, {after.get(name, 'absent')} after"
+        for name, number in before.items()
+        if after.get(name) != number
     ]
 
 
@@ -202,16 +210,27 @@ def kernel(folder: Path, executable: Path) -> str:
     return name
 
 
-def run(notebook: Path, folder: Path, executable: Path, variables: dict[str, str]) -> str:
+def run(
+    notebook: Path,
+    folder: Path,
+    executable: Path,
+    variables: dict[str, str],
+    colabs: dict[str, str],
+) -> str:
     """Play one notebook in a new runtime; return the IPython that ran it.
+
+    Args:
+        folder: where the notebook's own, empty one is made.
+        executable: of the environment.
+        variables: of the kernel.
+        colabs: the packages of a new runtime. Others, left by the notebook before, are removed.
 
     Raises:
         ColabError: where a cell fails, where Colab's packages do not stay as they are, or where
             the package did not come from the repository.
     """
-    if PACKAGE in installed(executable):
-        pip(executable, "uninstall", "--yes", PACKAGE)
-    before = installed(executable)
+    if left := installed(executable).keys() - colabs.keys():
+        pip(executable, "uninstall", "--yes", *left)
     content = folder / "content" / notebook.stem
     shutil.rmtree(content, ignore_errors=True)
     content.mkdir(parents=True)
@@ -225,15 +244,15 @@ def run(notebook: Path, folder: Path, executable: Path, variables: dict[str, str
     )
     try:
         client.execute(env=variables)
-    except nbclient.exceptions.CellExecutionError as error:
+    except STOPS as error:
         raise ColabError(str(error)) from None
     finally:
         nbformat.write(book, alone)
     where, prefix, ipython = json.loads(book.cells[-1].outputs[0]["text"])
     if not Path(where).is_relative_to(prefix):
         raise ColabError(f"the package came from {where}, not from the repository")
-    if found := changes(before, installed(executable)):
-        raise ColabError("the setup cell changed Colab's packages: " + "; ".join(found))
+    if found := changes(colabs, installed(executable)):
+        raise ColabError("the notebook changed Colab's packages: " + "; ".join(found))
     return ipython
 
 
@@ -255,17 +274,17 @@ def main(arguments: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     python = shutil.which(options.python) or options.python
     versions = wanted(options.torch, options.gpu)
-    executable = environment(folder / "venv", python, versions, borrow=False)
+    executable, colabs = environment(folder / "venv", python, versions, borrow=False)
     number = subprocess.run([executable, "--version"], capture_output=True, text=True, check=True)
     print(f"{number.stdout.strip()} here, 3.13 on Colab")
-    print(*differences(installed(executable), options.gpu), sep="\n", flush=True)
+    print(*differences(colabs, options.gpu), sep="\n", flush=True)
     repository = publish(ROOT, folder / "repository.git")
     variables = surroundings(executable, repository, address.address(ROOT))
     failed = 0
     for notebook in chosen:
         start = time.perf_counter()
         try:
-            ipython = run(notebook, folder, executable, variables)
+            ipython = run(notebook, folder, executable, variables, colabs)
         except ColabError as error:
             failed += 1
             print(f"{notebook.stem}: FAILED\n{error}", flush=True)
