@@ -97,6 +97,7 @@ SECOND_DAY = Plan(
         Step(10, CORE, ("10.1",)),
         LUNCH,
         Step(11, (*CORE, "What breaks"), ("11.1", "11.3")),
+        Step(13, ("The question", "The naive version"), ("13.2",)),
         Step(14, ("The question", "The naive version", "What was tried"), ("14.2",)),
         BREAK,
         Step(16, ("The question", "First tool", "Third tool"), ("16.1",)),
