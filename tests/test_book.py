@@ -141,6 +141,14 @@ def test_launch_and_edit_links_open_the_page_they_stand_on(html, pages):
         ), name
 
 
+def test_the_status_page_tells_of_each_chapter_that_all_its_cells_ran(html):
+    text = (html / "book/status.html").read_text("utf-8")
+    for notebook in NOTEBOOKS:
+        row = re.search(rf"<tr[^>]*>(?:(?!</tr>).)*{notebook.stem}\.html.*?</tr>", text, re.S)[0]
+        ran, cells = re.search(r"(\d+) of (\d+)", row).groups()
+        assert ran == cells and int(cells) > 10, notebook.name
+
+
 def test_no_directive_shows_raw(pages):
     for path in pages:
         text = re.sub(
