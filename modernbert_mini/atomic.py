@@ -172,7 +172,10 @@ def install(staging: Path, folder: Path) -> None:
     new = sorted(path.name for path in staging.iterdir())
     old = sorted(path.name for path in folder.iterdir() if is_checkpoint_file(path.name))
     if new == old == [CONFIG, WEIGHTS] and same_bytes(staging / CONFIG, folder / CONFIG):
-        os.replace(staging / WEIGHTS, folder / WEIGHTS)
+        try:
+            os.replace(staging / WEIGHTS, folder / WEIGHTS)
+        except PermissionError:  # Windows: a file that a model has mapped may move, but not go
+            move_files(staging, folder, new, old)
     else:
         try:
             if staging.parent == folder:

@@ -1062,6 +1062,26 @@ def test_a_save_through_a_link_changes_what_it_points_to(saved, tmp_path):
     assert_same(model, load_quietly("ModernBertModel", folder)[0])
 
 
+def test_weights_that_a_model_has_mapped_are_replaced_where_a_system_lets_them_move_alone(
+    saved, monkeypatch
+):
+    model, folder = saved()
+    move = os.replace
+
+    def as_on_windows(source, target):
+        if target == folder / "model.safetensors" and target.exists():
+            raise PermissionError(13, "a user-mapped section is open", str(target))
+        move(source, target)
+
+    monkeypatch.setattr(atomic.os, "replace", as_on_windows)
+    with torch.no_grad():
+        model.head.dense.weight.add_(1)
+    model.save_pretrained(folder)
+    monkeypatch.undo()
+    assert_same(model, load_quietly("ModernBertForMaskedLM", folder)[0])
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 def test_a_running_save_of_another_process_is_left_alone(saved):
     model, folder = saved()
     with atomic.replacing(folder) as other:
