@@ -1371,3 +1371,37 @@ def test_the_scores_on_the_card_of_mini_can_be_measured_again(mini_facts, tmp_pa
     assert found["positions"] == expected["positions"]
     assert found["loss"] == pytest.approx(expected["loss"], abs=2e-3)
     assert found["top1"] == pytest.approx(expected["top1"], abs=2e-3)
+
+
+# --- what the chapter shows -----------------------------------------------------------------
+
+
+def test_the_recorded_way_from_own_text_is_the_one_that_the_tool_goes(root):
+    from tools.own_text import COMMANDS
+
+    record = json.loads(
+        (root / "modernbert_mini" / "recorded" / "own_text.json").read_text("utf-8")
+    )
+    assert [s["command"] for s in record["steps"]] == [f"modernbert-mini {c}" for c in COMMANDS]
+    assert all(step["output"] for step in record["steps"])
+    (first, before), *_, (last, after) = record["held_out"]
+    recipe = pretraining.PretrainingConfig.from_file("own-text")
+    assert first == 0 and 0 <= recipe.training_tokens - last < recipe.batch_tokens
+    assert after < before < record["unigram_loss"]
+
+
+def test_the_recorded_context_extension_compares_what_it_says(root):
+    path = root / "modernbert_mini" / "recorded" / "context_extension.json"
+    record = json.loads(path.read_text("utf-8"))
+    shipped, larger, *trained = record["scores"].values()
+    assert shipped["tokens"] == larger["tokens"] == 0
+    assert [*record["scores"]][2:] == [*record["ways"]]
+    lengths = {*map(int, shipped["by_length"])}
+    assert record["recipe"]["max_sequence_length"] == min(lengths)
+    assert {w.get("max_sequence_length") for w in record["ways"].values()} == {max(lengths), None}
+    thetas = [score["global_rope_theta"] for score in record["scores"].values()]
+    assert thetas[1] == thetas[2] == 16 * thetas[0] and thetas[3] == thetas[4] == thetas[0]
+    for score in record["scores"].values():
+        assert len(score["by_position"]) * record["bin"] == max(lengths)
+        assert min(score["hidden_tokens"].values()) > 2000
+    assert all(score["tokens"] > 100_000 for score in trained)

@@ -31,8 +31,8 @@ RECORD = ROOT / "modernbert_mini" / "recorded" / "own_text.json"
 PACKAGES = ("numpy", "torch", "matplotlib")
 NAMES = re.compile(r"\b(numpy|np|torch|matplotlib|mpl|plt|pyplot|pytorch)\b", re.I)
 ROWS = 150  # of each package, a third of them to test on
-QUESTION = "Return a new [MASK] of the given shape, filled with zeros."
-TUNE = "fine-tune sequence-classification rows.csv --test test.csv"
+QUESTION = "Returns a [MASK] with the same shape as the input."
+TUNE = "fine-tune sequence-classification rows.csv --test test.csv --epochs 2"
 COMMANDS = (
     "pretrain --config own-text --corpus notes --folder run",
     f'fill-mask "{QUESTION}" --model run/model --top-k 3',
@@ -102,9 +102,15 @@ def main() -> None:
             )
             print(command, done.stdout, done.stderr, sep="\n", flush=True)
             done.check_returncode()
+            said = done.stdout.splitlines()
+            said += [
+                line for line in done.stderr.splitlines() if line.startswith("modernbert-mini")
+            ]
             seconds = round(time.perf_counter() - began)
-            step = {"command": f"modernbert-mini {command}", "seconds": seconds}
-            steps.append(step | {"output": done.stdout.splitlines()})
+            output = [line.replace(f"{folder}{os.sep}", "") for line in said if line]
+            steps.append(
+                {"command": f"modernbert-mini {command}", "seconds": seconds, "output": output}
+            )
         log = [json.loads(line) for line in (folder / "run" / "log.jsonl").open()]
         evaluations = [line for line in log if line["event"] == "evaluation"]
         start = next(line for line in log if line["event"] == "start")
