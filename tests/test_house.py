@@ -107,6 +107,52 @@ def test_a_known_address_is_no_leak():
     assert not leaks("https://arxiv.org/abs/2412.13663, notebooks/tmp/x and a/root/b")
 
 
+# ---- text is the same on every system ----
+
+
+def unsaid(code: str) -> list[str]:
+    """Calls that read or write text in whatever encoding a system has: on Windows not UTF-8."""
+    found = []
+    for node in ast.walk(ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.M))):
+        if not isinstance(node, ast.Call) or "/proc/" in ast.unparse(node):
+            continue
+        owner, dot, name = ast.unparse(node.func).rpartition(".")
+        modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        binary = any(
+            isinstance(m, str) and re.fullmatch("[rwxa]?b[+]?|[rwxa][+]?b", m) for m in modes
+        )
+        said = any(k.arg in ("encoding", None) for k in node.keywords) or "utf-8" in modes
+        texts = name == "open" and owner not in ("os", "tarfile") and not binary
+        if not said and (texts or (dot and name in ("read_text", "write_text"))):
+            found.append(ast.unparse(node)[:80])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ("Path(p).read_text()", 1),
+        ("p.write_text(json.dumps(x))", 1),
+        ("open(p)", 1),
+        ("p.open('a')", 1),
+        ("p.read_text('utf-8'); p.write_text(x, encoding='utf-8')", 0),
+        ("open(p, 'rb'); p.open('wb'); p.open('r+b'); os.open(p, 0)", 0),
+        ("%pip install x\nopen('/proc/cpuinfo')", 0),
+    ],
+)
+def test_a_silent_encoding_is_found(code, count):
+    assert len(unsaid(code)) == count
+
+
+def test_what_a_reader_runs_reads_and_writes_utf8():
+    found = {str(p.relative_to(ROOT)): unsaid(p.read_text("utf-8")) for p in PACKAGE.rglob("*.py")}
+    for notebook in NOTEBOOKS:
+        cells = nbformat.read(notebook, as_version=4).cells
+        code = [cell.source for cell in cells if cell.cell_type == "code"]
+        found[notebook.name] = [call for source in code for call in unsaid(source)]
+    assert not {where: calls for where, calls in found.items() if calls}
+
+
 # ---- links ----
 
 
