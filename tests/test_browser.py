@@ -350,6 +350,15 @@ def test_pasted_lengths_are_counted(explorers):
     assert "Type or paste lengths" in box.locator(".mb-told").inner_text()
 
 
+@pytest.mark.parametrize("window", [LAPTOP, PHONE], ids=["laptop", "phone"])
+def test_the_results_of_the_tiles_are_in_sight(open_page, window):
+    page = open_page("book/explorers", viewport=window)
+    box = explorer(page, "tiles")
+    while not box.locator("td.mb-result").count():
+        box.get_by_role("button", name="Next").click()
+    assert box.locator(".mb-scroll").evaluate("box => box.scrollWidth <= box.clientWidth")
+
+
 def test_nothing_moves_by_itself_for_readers_who_want_no_motion(open_page):
     still = open_page("book/explorers", reduced_motion="reduce")
     assert still.locator(".mb-explorer button").get_by_text("Play", exact=True).is_hidden()
@@ -451,7 +460,7 @@ def test_axe_finds_nothing(chromium, paths, html, theme):
         if told := violations(page, theme):
             found[str(path.relative_to(html))] = told
         page.close()
-    assert not found
+    assert not found, json.dumps(found, indent=1)
 
 
 @pytest.mark.parametrize("theme", RULES)

@@ -25,6 +25,14 @@ EXPLORED = {
     "notebooks/07_unpadding": "explore-padding",
     "notebooks/08_flash_attention": "explore-tiles",
 }
+MENDED = {
+    # ARIA has retired the role; an entry of the bibliography stands in a list.
+    'role="doc-biblioentry"': 'role="listitem"',
+    # A box to tick has no name of its own.
+    '<input class="task-list-item-checkbox"': (
+        '<input aria-label="done" class="task-list-item-checkbox"'
+    ),
+}
 
 
 def settle(app: Sphinx, config: Config) -> None:
@@ -85,6 +93,12 @@ def drop_thebe(app: Sphinx, page: str, template: str, context: dict, doctree: ob
     ]
 
 
+def mend(app: Sphinx, page: str, template: str, context: dict, doctree: object) -> None:
+    """Set right what a screen reader stumbles over in the HTML of docutils and MyST."""
+    for old, new in MENDED.items():
+        context["body"] = context.get("body", "").replace(old, new)
+
+
 def spare_prose(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]):
     """Keep napoleon, which runs next, from reading prose as markup."""
     # "(*positions.shape, D)" starts no italics.
@@ -99,5 +113,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", write_pages)
     app.connect("doctree-read", link_explorer)
     app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("html-page-context", mend)
     app.connect("autodoc-process-docstring", spare_prose, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -56,8 +56,9 @@ MB.add("tiles", (box, data) => {
 
   function fillTable() {
     const tile = now();
-    const heads = ["query", "maximum m", "factor α", "sum ℓ", "accumulator a"];
-    if (tile.last) heads.push("result a ÷ ℓ");
+    // A soft hyphen, \u00ad, lets a long word break where the table has no room for it.
+    const heads = ["query", "maxi\u00admum m", "factor α", "sum ℓ", "accumu\u00adlator a"];
+    if (tile.last) heads.push("result a\u00a0÷\u00a0ℓ");
     const head = make("tr", {}, ...heads.map((name) => make("th", { scope: "col" }, name)));
     const body = tile.rows.map(([query, maximum, factor, total, mixed]) => {
       const cells = [number(maximum, 1), number(factor), number(total), number(mixed)];
