@@ -70,7 +70,7 @@ def link_explorer(app: Sphinx, doctree: nodes.document) -> None:
     label = EXPLORED.get(app.env.docname)
     opening = next(doctree.findall(nodes.paragraph), None)
     if label and opening:
-        words = nodes.inline("", "See it move: the explorer", classes=["std-ref"])
+        words = nodes.inline("", "See it move", classes=["std-ref"])
         link = addnodes.pending_xref(
             "",
             words,
