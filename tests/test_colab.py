@@ -6,6 +6,7 @@
 import json
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
@@ -128,6 +129,8 @@ def toy(folder: Path, dependencies: list[str]) -> Path:
 
 @pytest.mark.slow
 def test_two_chapters_run_as_on_colab_and_planted_faults_show(tmp_path):
+    if not metadata.version("torch").endswith("+cpu"):
+        pytest.skip("torch came with CUDA, which takes minutes to install again: see make colab")
     # Only what the chapters cannot do without: so they also show that they do without the rest.
     versions = colab.wanted()
     spared = {"transformers", "scikit-learn"}
