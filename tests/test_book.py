@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import book_settings
 import nbformat
 import pytest
 import yaml
@@ -139,6 +140,12 @@ def test_launch_and_edit_links_open_the_page_they_stand_on(html, pages):
         assert {address.opened(url, link) for link in launched} == (
             {source} if source.endswith(".ipynb") else set()
         ), name
+
+
+def test_chapters_lead_to_what_moves(html, pages):
+    for chapter, label in book_settings.EXPLORED.items():
+        links = pages[html / f"{chapter}.html"].links
+        assert any(link.endswith(f"#{label}") for link in links), chapter
 
 
 def test_the_status_page_tells_of_each_chapter_that_all_its_cells_ran(html):
