@@ -137,6 +137,20 @@ class World:
         return None
 
 
+def meeting_place() -> tuple[dist.Store, int, int]:
+    """The store where the processes find each other, this one's number, and how many there are.
+
+    ``torchrun`` keeps its store over a restart, with the addresses of processes that are dead. So
+    each attempt gets a shelf of its own, but for runs on several machines: each of them counts its
+    restarts alone. There, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and every attempt has a store
+    of its own.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=SILENCE))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    return store, rank, size
+
+
 class Group(World):
     """One of several processes that train together; the two below say how.
 
@@ -157,8 +171,10 @@ class Group(World):
             self.device = torch.device("cuda", place)
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=SILENCE)
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        store, self.rank, self.size = meeting_place()
+        dist.init_process_group(
+            backend, store=store, rank=self.rank, world_size=self.size, timeout=SILENCE
+        )
         self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def turns(self, batches: Iterable) -> Iterator[tuple[Any, bool]]:
