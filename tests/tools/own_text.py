@@ -111,7 +111,7 @@ def main() -> None:
             steps.append(
                 {"command": f"modernbert-mini {command}", "seconds": seconds, "output": output}
             )
-        log = [json.loads(line) for line in (folder / "run" / "log.jsonl").open()]
+        log = [json.loads(line) for line in (folder / "run" / "log.jsonl").open(encoding="utf-8")]
         evaluations = [line for line in log if line["event"] == "evaluation"]
         start = next(line for line in log if line["event"] == "start")
     record = {
