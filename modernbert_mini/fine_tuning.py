@@ -450,7 +450,7 @@ class QuestionAnswering(Task):
     inputs = ("question", "context")
     metric = "f1"
     defaults = FineTuningConfig(
-        epochs=1, lr=1.5e-3, layer_decay=0.9, batch_tokens=512, max_length=192
+        epochs=1.6, lr=3e-3, layer_decay=0.9, batch_tokens=512, max_length=192
     )
     longest_answer = 30  # tokens
 

@@ -29,7 +29,7 @@ VALIDATION_PERCENT, TEST_PERCENT = 5, 15
 # A row of these is a long text, or four pairs of texts: all of the test would outlast the training.
 TEST_ROWS_AT_MOST = {"token-classification": 500, "multiple-choice": 500}
 CHOICES = 4
-PASSAGES = 3
+PASSAGES = 2
 SENTENCE_END = re.compile(r"(?<=[a-z0-9)\]\"%])\.\s+(?=[A-Z])")
 
 
@@ -152,8 +152,8 @@ def definition_rows(articles: Sequence[dict]) -> Iterator[dict]:
     The question asks for an article's title: "What is Tomato?", "Who is T. S. Eliot?". The
     answer is Wikipedia's own short description of the article ("edible berry"), so only articles
     are taken whose first sentence holds their description word for word. The context is that
-    sentence and the first sentences of two other articles of the topic, in random order. What
-    stands in brackets is taken out of description and sentences alike.
+    sentence and the first sentence of another article of the topic, in random order. What stands
+    in brackets is taken out of description and sentences alike.
     """
     by_topic = defaultdict(list)
     for article in articles:
