@@ -280,7 +280,7 @@ def test_launch_links_open_files_of_the_branch_that_is_published():
     config = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
     assert config["repository"] == {"url": URL, "branch": "main"}
     for page in [*(p for pattern in address.PAGES for p in ROOT.glob(pattern)), *NOTEBOOKS]:
-        for link in re.findall(r"https://[^\s\"'<>)\\]+", page.read_text("utf-8")):
+        for link in re.findall(r"https:/{2}[^\s\"'<>)\\]+", page.read_text("utf-8")):
             path = address.opened(URL, link)
             assert path is None or (ROOT / path).is_file(), f"{page.name}: {link}"
 

@@ -73,9 +73,9 @@ def opened(url: str, link: str) -> str | None:
     Raises:
         ValueError: for one that leads to another branch than main.
     """
-    hosts = r"https://(?:github\.com|colab\.research\.google\.com/github)"
-    kinds = "blob|edit|tree|raw|blame"
-    found = re.match(rf"{hosts}/{re.escape(slug(url))}/(?:{kinds})/([^/]+)/([^?#]+)", link)
+    places = (url, f"https://colab.research.google.com/github/{slug(url)}")
+    place = next((place for place in places if link.startswith(f"{place}/")), link)
+    found = re.match(r"/(?:blob|edit|tree|raw|blame)/([^/]+)/([^?#]+)", link.removeprefix(place))
     if found is None:
         return None
     if found[1] != "main":
