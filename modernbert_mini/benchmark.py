@@ -273,8 +273,9 @@ def contenders(row: Row, device: torch.device, compiled: bool = False) -> list[C
     Args:
         row: the work.
         device: where it is done.
-        compiled: whether encoders run through torch.compile too; on a GPU they always do, on a CPU
-            compiling takes minutes.
+        compiled: whether encoders run through torch.compile too. On an Ampere or newer GPU they
+            always do; older ones are left behind by current Triton, which the compiler needs, and
+            on a CPU compiling takes minutes.
     """
     sparse = row.task != "encode"
     ours, theirs = [Contender(OURS, "auto", sparse=sparse)], []
@@ -287,7 +288,8 @@ def contenders(row: Row, device: torch.device, compiled: bool = False) -> list[C
         if device.type == "cuda" and has_flash_attention(device):
             name = "transformers flash_attention_2" + (", sparse_prediction" if sparse else "")
             theirs.append(Contender(name, "flash_attention_2", sparse=sparse))
-    if (compiled or device.type == "cuda") and not sparse:
+    compiled |= device.type == "cuda" and best_dtype(device) == torch.bfloat16
+    if compiled and not sparse:
         ours.append(Contender(f"{OURS}, compiled", "auto", compiled=True))
         theirs += [replace(c, name=f"{c.name}, compiled", compiled=True) for c in theirs[:1]]
     return ours + theirs

@@ -246,12 +246,18 @@ def test_a_compiled_encoder_gives_the_same_numbers(monkeypatch, lengths):
 def test_the_contenders_of_a_gpu(monkeypatch, flash):
     needs_transformers()
     monkeypatch.setattr(benchmark, "has_flash_attention", lambda device: flash)
+    monkeypatch.setattr(benchmark, "best_dtype", lambda device: torch.bfloat16)
     encode, train = (names(ROWS[task], torch.device("cuda")) for task in ("encode", "train"))
     assert encode[:2] == ["modernbert-mini", "modernbert-mini, compiled"]
     assert "transformers sdpa, compiled" in encode
     assert ("transformers flash_attention_2" in encode) == flash
     assert ("transformers flash_attention_2, sparse_prediction" in train) == flash
     assert not any("compiled" in name for name in train)
+
+
+def test_an_older_gpu_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not any("compiled" in name for name in names(ROWS["encode"], torch.device("cuda")))
 
 
 @pytest.mark.parametrize(
