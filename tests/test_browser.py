@@ -56,6 +56,13 @@ def chromium():
         browser.close()
 
 
+def new_page(browser: sync_api.Browser, **options) -> sync_api.Page:
+    """A page of its own, patient enough for a busy machine."""
+    page = browser.new_page(**options)
+    page.set_default_timeout(300_000)
+    return page
+
+
 @pytest.fixture
 def open_page(chromium, html):
     """Open a page of the book from the disk; at the end nothing may have gone wrong in it."""
@@ -63,9 +70,8 @@ def open_page(chromium, html):
         told: list[str] = []
 
         def open_it(name: str, **options) -> sync_api.Page:
-            context = chromium.new_context(**{"viewport": LAPTOP} | options)
-            stack.callback(context.close)
-            page = context.new_page()
+            page = new_page(chromium, **{"viewport": LAPTOP} | options)
+            stack.callback(page.close)
             listen(page, told)
             page.goto((html / f"{name}.html").as_uri())
             return page
@@ -108,15 +114,14 @@ def visits(chromium, paths) -> dict[Path, dict]:
     """What each page does when it is opened from the disk, and how wide it is on a phone."""
     found = {}
     for path in paths:
-        context = chromium.new_context(viewport=LAPTOP)
-        page, told = context.new_page(), []
+        page, told = new_page(chromium, viewport=LAPTOP), []
         listen(page, told)
         page.goto(path.as_uri())
         page.evaluate("async () => { await window.MathJax?.startup?.promise }")
         found[path] = page.evaluate(VISIT) | {"told": told}
         page.set_viewport_size(PHONE)
         found[path]["wide"] = page.evaluate(WIDE)
-        context.close()
+        page.close()
     return found
 
 
@@ -159,7 +164,7 @@ def test_every_link_inside_the_book_arrives(chromium, html, visits):
             if page.startswith("file:"):
                 targets.setdefault(page, set()).add(anchor)
     assert len(targets) >= len(NOTEBOOKS)
-    page, lost = chromium.new_page(), []
+    page, lost = new_page(chromium), []
     for target, anchors in targets.items():
         if not target.endswith(".html"):  # a source or a notebook to download
             path = Path(urllib.request.url2pathname(target.removeprefix("file://")))
@@ -205,7 +210,7 @@ def served(folder: Path):
 
 def test_a_search_by_keyboard_finds_the_chapter(chromium, html):
     with served(html) as address:
-        page, told = chromium.new_page(), []
+        page, told = new_page(chromium), []
         listen(page, told)
         page.goto(f"{address}/book/index.html")
         page.keyboard.press("Control+k")
@@ -224,7 +229,7 @@ def test_a_search_by_keyboard_finds_the_chapter(chromium, html):
 
 
 def test_a_search_finds_pages_from_the_disk_too(chromium, html):
-    page, told = chromium.new_page(), []
+    page, told = new_page(chromium), []
     listen(page, told)
     page.goto((html / "search.html").as_uri() + "?q=wavelength")
     page.wait_for_selector("#search-results li a")
@@ -455,7 +460,7 @@ def violations(page: sync_api.Page, theme: str) -> list[list[str]]:
 def test_axe_finds_nothing(chromium, paths, html, theme):
     found = {}
     for path in paths:
-        page = chromium.new_page(viewport=LAPTOP)
+        page = new_page(chromium, viewport=LAPTOP)
         page.goto(path.as_uri())
         if told := violations(page, theme):
             found[str(path.relative_to(html))] = told
@@ -538,8 +543,7 @@ ANSWER = (
 
 
 def test_a_learner_runs_chapter_1_and_solves_an_exercise(chromium, lab):
-    page = chromium.new_page(viewport=LAPTOP)
-    page.set_default_timeout(400_000)
+    page = new_page(chromium, viewport=LAPTOP)
     page.goto(f"{lab}/lab/tree/01_tour.ipynb")
     page.wait_for_selector(".jp-CodeCell")
     wait_until(lambda: has_kernel(lab))
