@@ -16,15 +16,14 @@ import traceback
 from functools import partial
 from pathlib import Path
 
+import forked
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp  # before the fork, so that it is imported once
 from torch.distributed.tensor import DTensor
 
-from modernbert_mini import ConfigError, data, distributed, model_card, pretraining
+from modernbert_mini import ConfigError, distributed, pretraining
 
-WORDS = "abcdefghijklmno"
-TEXTS = tuple(" ".join([WORDS[i % 15]] * (5 + i % 23)) for i in range(150))
 # No size is a multiple of 4, so slices are uneven, and some are empty.
 TINY = {
     "hidden_size": 22,
@@ -222,11 +221,7 @@ def main(root: Path) -> dict:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
-    os.fsync = lambda descriptor: None  # against power cuts, which do not come here; it is slow
-    model_card.draw_curve = lambda facts, path: None
-    pretraining.load_corpus = lambda name, config: data.Corpus(name, TEXTS, "", "CC0")
+    forked.prepare()
     with tempfile.TemporaryDirectory() as place:
         result = main(Path(place))
     Path(sys.argv[1]).write_text(json.dumps(result))

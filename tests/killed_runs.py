@@ -22,12 +22,11 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import forked
 import torch
 
-from modernbert_mini import atomic, data, model_card, pretraining
+from modernbert_mini import atomic, pretraining
 
-WORDS = "abcdefghijklmno"
-TEXTS = tuple(" ".join([WORDS[i % 15]] * (5 + i % 23)) for i in range(150))
 TINY = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -214,12 +213,7 @@ def any_moment(root: Path, kills: int, expected: str) -> Counter:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
-    # Syncing is against power cuts: a killed process loses nothing that the kernel has. It is slow.
-    os.fsync = lambda descriptor: None
-    model_card.draw_curve = lambda facts, path: None  # the plot at the end takes most of the time
-    pretraining.load_corpus = lambda name, config: data.Corpus(name, TEXTS, "", "CC0")
+    forked.prepare()
     assert atomic.fcntl is not None
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
