@@ -60,13 +60,14 @@ def site(tmp_path_factory) -> Path:
 
 def make_site(folder: Path, checkpoint: str | Path = "mini") -> None:
     shutil.copytree(STATIC, folder / "live")
+    shutil.copy(STATIC.parent / "book.css", folder)
     (folder / "live" / "mini").mkdir()
     for name, text in live_model.scripts(Source(checkpoint)).items():
         (folder / "live" / "mini" / name).write_text(text, encoding="utf-8")
     views = [(STATIC / name).read_text("utf-8") for name in ("widget.html", "tokens.html")]
     code = [f'<script src="live/{name}"></script>' for name in live_model.CODE]
     head = '<meta charset="utf-8"><link rel="icon" href="data:,">'
-    head += '<link rel="stylesheet" href="live/live.css">'
+    head += "".join(f'<link rel="stylesheet" href="{x}">' for x in ("book.css", "live/live.css"))
     page = f'<!doctype html><html lang="en"><title>Live</title>{head}{"".join(views + code)}'
     (folder / "index.html").write_text(page, encoding="utf-8")
 
