@@ -407,7 +407,8 @@ def recipe_lines(facts: dict[str, Any]) -> list[str]:
         f"spares {spared}" + (f"; gradients clipped to norm {clip:g}." if clip else "."),
         *(phase_line(number, phase) for number, phase in enumerate(phases, start=1)),
         f"- Seed {recipe['seed']}. `training.json` has every setting under `recipe`: "
-        "`pretrain(PretrainingConfig(folder=..., **recipe))` trains it again.",
+        "`pretrain(PretrainingConfig(folder=..., **recipe))` trains it again"
+        + (", from the weights that `initialize_from` names." if facts.get("began_with") else "."),
     ]
 
 
