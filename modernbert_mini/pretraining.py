@@ -82,7 +82,7 @@ def mask_tokens(
         Inputs and labels, both int64 shaped as ``input_ids``; labels hold the original id where
         a token was chosen and -100 elsewhere.
 
-    Source: arXiv:1810.04805, section 3.1; the rate is arXiv:2412.13663's, section 2.2.1; the
+    Source: arXiv:1810.04805, section 3.1; the rate is arXiv:2412.13663's, section 2.2.2; the
     authors' src/sequence_packer.py. Chapter 12.
     """
     special = torch.zeros(vocab_size, dtype=torch.bool)
@@ -360,7 +360,7 @@ class StableAdamW(AdamW):
     of gradient over expectation, where that is above 1. It stands in for gradient clipping.
 
     Source: Wortsman et al., "Stable and low-precision training for large-scale vision-language
-    models", arXiv:2304.13013, algorithm 2; arXiv:2412.13663, section 2.2.1.
+    models", arXiv:2304.13013, algorithm 2; arXiv:2412.13663, section 2.2.2.
     """
 
     def surprise(self, gradient: Tensor, square: Tensor, eps: float) -> Tensor:
