@@ -97,7 +97,7 @@ class FineTuningResult:
 
 
 def depth_of(name: str, num_layers: int) -> int:
-    """How high a parameter stands: 0 for the embedding, 1 to L for layers, L + 1 above them."""
+    """How high a parameter stands: 0 for the embedding, 1 to n for n layers, n + 1 above them."""
     if match := re.search(r"\blayers\.(\d+)\.", name):
         return int(match[1]) + 1
     return 0 if "embeddings." in name else num_layers + 1
