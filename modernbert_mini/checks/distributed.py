@@ -309,8 +309,8 @@ def utilisation(answer):
         ),
         (
             3 * needed / (seconds * cards * 2 * peak),
-            "Did you take the peak twice? Data sheets state double for matrices half of which are "
-            "zeros; `peak` is without that already.",
+            "Did you take the peak twice? Data sheets state double for matrices half of "
+            "whose numbers are zeros; `peak` is without that already.",
         ),
         (
             seconds * cards * peak / (3 * needed),
