@@ -495,10 +495,10 @@ def near_keys(answer):
         "Do the zeros have the dtype of `k`? bfloat16 went in, something else came out.",
     )
     shared = out.untyped_storage().nbytes() < out.numel() * out.element_size()
-    return "Three blocks of keys for each block of queries" + (
-        ", as overlapping views of one tensor: nothing is copied."
+    return "Each block of queries has its three blocks of keys. " + (
+        "They are overlapping views of one tensor: nothing is copied."
         if shared
-        else ". Yours copies every key three times; `unfold` would give views."
+        else "Yours copies every key three times; `unfold` would give views."
     )
 
 

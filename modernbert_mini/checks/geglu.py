@@ -348,11 +348,8 @@ def _expect_weights(own: nn.Module) -> None:
     right = {"Wi.weight": (2 * I, C), "Wo.weight": (C, I)}
     expect(
         mine == right,
-        "Which weights does the block have? The checkpoint brings "
-        + " and ".join(f"`{n}` {s}" for n, s in right.items())
-        + " here; yours has "
-        + (", ".join(f"`{n}` {s}" for n, s in mine.items()) or "none")
-        + ".",
+        f"Which weights does the block have? The checkpoint brings `{right}` here. "
+        f"Yours has `{mine}`.",
     )
 
 
