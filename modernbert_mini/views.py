@@ -18,7 +18,7 @@ MAX_ROWS = 6000  # one line of text per layer, head and token: about 300 kB of H
 SHADES = 16  # of colour: each pixel of a map is four bits
 # Between the two blues of the book's palette: at this strength both black and white words stay
 # readable on it, on a light page and on a dark one.
-BLUE, STRONGEST = (30, 130, 200), 0.75
+BLUE, STRONGEST = (30, 130, 200), 0.6
 
 
 def attention_view(
