@@ -181,8 +181,8 @@ calc((2*var(--q) + .5)/(2*LENGTH - 1)*100%)/calc(200%*LENGTH) calc(200%*LENGTH)}
 background:var(--m) 0 0/100% 100%;image-rendering:pixelated}
 #ID .m::after{content:"";position:absolute;left:-3px;right:-3px;box-sizing:border-box;
 top:calc(100%*var(--q)/LENGTH - 1px);height:calc(100%/LENGTH + 2px);border:2px solid currentColor}
-#ID small{opacity:.8;line-height:1.3}
-#ID .k{opacity:1}
+#ID small{line-height:1.3}
+#ID .s small{opacity:.8}
 #ID .k span{padding:.1em .5em;margin-left:.3em;border:1px solid rgba(128,128,128,.45)}
 """.replace("\n", "")
 
