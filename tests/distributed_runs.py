@@ -6,6 +6,7 @@ a store that their parent holds.
 """
 
 import builtins
+import faulthandler
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ TINY = {
     "embedding_dropout": 0.1,  # so that chance matters
 }
 STEPS = 6
+STANDSTILL = 300  # seconds, after which a process says where it stands, and ends
 
 
 def recipe(folder: Path, parallel: str) -> pretraining.PretrainingConfig:
@@ -140,7 +142,7 @@ def measures(folder: Path, parallel: str) -> dict:
 
 def together(size: int, work) -> list[dict | None]:
     """What ``work`` returns in each of so many processes; None where one was killed."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    gate, opened = os.pipe()
     children = []
     for rank in range(size):
         read, write = os.pipe()
@@ -148,9 +150,11 @@ def together(size: int, work) -> list[dict | None]:
         if not child:
             code = 1
             try:
+                faulthandler.dump_traceback_later(STANDSTILL, exit=True)
+                os.close(opened)
                 os.environ |= {
                     "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(store.port),
+                    "MASTER_PORT": os.read(gate, 5).decode(),
                     "TORCHELASTIC_USE_AGENT_STORE": "True",
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
@@ -164,6 +168,12 @@ def together(size: int, work) -> list[dict | None]:
                 os._exit(code)
         os.close(write)
         children.append((child, read))
+    # The store has a thread that looks addresses up. A process forked meanwhile would inherit the
+    # resolver's lock and wait for it forever, so all are forked before the store is there.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(opened, f"{store.port:05d}".encode() * size)
+    os.close(opened)
+    os.close(gate)
     found = []
     for child, read in children:
         with builtins.open(read, "rb") as pipe:
