@@ -47,6 +47,7 @@ _MODULES = {
     "heads",
     "inputs",
     "inspection",
+    "linear",
     "model",
     "model_card",
     "operators",

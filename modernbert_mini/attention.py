@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .linear import Linear
 from .rope import apply_rotary
 
 
@@ -85,8 +86,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.Wqkv = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
-        self.Wo = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.Wqkv = Linear(hidden_size, 3 * hidden_size, bias=bias)
+        self.Wo = Linear(hidden_size, hidden_size, bias=bias)
         self.out_drop = nn.Dropout(dropout)
 
     def forward(

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .linear import Linear
+
 # The names that published configs use. "gelu" is the exact one, x·Φ(x) through erf; the tanh
 # approximation goes by two names and differs from it by up to 5e-4 a call.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -61,10 +63,10 @@ class GeGLU(nn.Module):
     ):
         super().__init__()
         # One matrix for both halves: one product instead of two.
-        self.Wi = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.Wi = Linear(hidden_size, 2 * intermediate_size, bias=bias)
         self.act = ACTIVATIONS[activation]
         self.drop = nn.Dropout(dropout)
-        self.Wo = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.Wo = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., C) to (..., C), token by token."""

@@ -26,10 +26,8 @@ def inverse_frequencies(
     Returns:
         (D/2,) float32, radians per position, falling from 1 to about 1/theta.
     """
-    exponents = (
-        torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    )  # (D/2,)
-    return 1.0 / theta**exponents / factor
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    return 1.0 / theta**exponents / factor  # (D/2,)
 
 
 def rotary_table(
