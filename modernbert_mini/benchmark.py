@@ -240,7 +240,7 @@ class Contender:
         name: for the table.
         attention: its ``attn_implementation``.
         micro_batch: sort the texts by length and take so many at a time; 0 for one batch.
-        sparse: compute the decoder only where there is a label.
+        sparse: compute the decoder only at the hidden tokens.
         compiled: through torch.compile.
     """
 
@@ -278,15 +278,16 @@ def contenders(row: Row, device: torch.device, compiled: bool = False) -> list[C
             on a CPU compiling takes minutes.
     """
     sparse = row.task != "encode"
+    chosen = {"score": ", logits where hidden", "train": ", sparse_prediction"}.get(row.task, "")
     ours, theirs = [Contender(OURS, "auto", sparse=sparse)], []
     if missing_reason() is None:
         theirs.append(Contender("transformers sdpa", "sdpa"))
         if sparse:
-            theirs.append(Contender("transformers sdpa, sparse_prediction", "sdpa", sparse=True))
+            theirs.append(Contender(f"transformers sdpa{chosen}", "sdpa", sparse=True))
         elif row.is_padded:
             theirs.append(Contender("transformers sdpa, sorted, 4 at a time", "sdpa", 4))
         if device.type == "cuda" and has_flash_attention(device):
-            name = "transformers flash_attention_2" + (", sparse_prediction" if sparse else "")
+            name = f"transformers flash_attention_2{chosen}"
             theirs.append(Contender(name, "flash_attention_2", sparse=sparse))
     compiled |= device.type == "cuda" and best_dtype(device) == torch.bfloat16
     if compiled and not sparse:
@@ -414,17 +415,19 @@ def encoding_job(contender: Contender, net: nn.Module, batch: Batch) -> Job:
 
 
 def scoring_job(contender: Contender, net: nn.Module, batch: Batch) -> Job:
-    """Logits at the hidden tokens; who cannot leave out the others computes them all."""
-    inputs = {"attention_mask": batch.mask}
-    if contender.sparse:
-        inputs["labels"] = batch.labels
+    """Logits at the hidden tokens, and no loss; the plain way is to compute all and pick."""
+    hidden = batch.labels != IGNORED  # (B, L)
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
 
     @torch.no_grad()
     def run():
-        return net(batch.ids, **inputs).logits
+        if not contender.sparse:
+            return net(**inputs).logits  # (B, L, V)
+        states = net.model(**inputs).last_hidden_state  # (B, L, C)
+        return net.decoder(net.head(states[hidden]))  # (M, V), as FillMask does
 
     def collect(logits):
-        return [logits if contender.sparse else logits[batch.labels != IGNORED]]  # (M, V)
+        return [logits if contender.sparse else logits[hidden]]  # (M, V)
 
     return Job(run, collect)
 
