@@ -41,7 +41,7 @@ def made_by_amd() -> bool:
     told = platform.processor()
     with suppress(OSError):  # only Linux has this file, and there the line above says little
         told = Path("/proc/cpuinfo").read_text("utf-8")
-    return "AuthenticAMD" in told and torch.backends.mkldnn.is_available()
+    return "AuthenticAMD" in told
 
 
 def convolution_pays(x: torch.Tensor) -> bool:
@@ -49,7 +49,8 @@ def convolution_pays(x: torch.Tensor) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     much = x.numel() >= ENOUGH * x.shape[-1] and torch.get_num_threads() > 1
-    return much and x.device.type == "cpu" and x.dtype == torch.float32 and made_by_amd()
+    known = x.device.type == "cpu" and x.dtype == torch.float32
+    return much and known and made_by_amd() and torch.backends.mkldnn.is_available()
 
 
 class Linear(nn.Linear):

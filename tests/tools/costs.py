@@ -10,7 +10,6 @@ which `modernbert-mini benchmark --json` writes.
 
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from modernbert_mini import benchmark, plots
+from modernbert_mini.pretraining import processor_name
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = ROOT / "modernbert_mini" / "mini" / "training.json"
@@ -27,12 +27,8 @@ RECORD = ROOT / "modernbert_mini" / "recorded" / "costs.json"
 
 def cpu() -> str:
     """The processor's name, how many of its cores torch uses, and how many there are."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file() and (line := re.search(r"model name\s*: (.+)", info.read_text("utf-8"))):
-        name = line[1]
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {torch.get_num_threads()} of {count} cores"
+    return f"{processor_name()}, {torch.get_num_threads()} of {count} cores"
 
 
 def commit() -> str:
